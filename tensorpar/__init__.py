@@ -1,0 +1,67 @@
+"""Hugging Face models made tensor parallel on stock PyTorch, and their checkpoints translated."""
+
+import tensorpar.families  # noqa: F401  (registers the tables)
+from tensorpar.context import set_tensor_parallelism, tensor_parallelism
+from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
+from tensorpar.model import DistributedModel
+from tensorpar.parallelize import parallelize
+from tensorpar.ranks import (
+    CommGroup,
+    barrier,
+    dp_mesh,
+    dp_rank,
+    dp_size,
+    get_process_group,
+    local_rank,
+    local_size,
+    mp_rank,
+    mp_size,
+    pp_rank,
+    pp_size,
+    rank,
+    rdp_rank,
+    rdp_size,
+    size,
+    tp_rank,
+    tp_size,
+)
+from tensorpar.registry import register, tp_register, tp_register_with_module, unregister
+from tensorpar.styles import Column, Row, VocabParallel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Column",
+    "CommGroup",
+    "DistributedModel",
+    "Row",
+    "VocabParallel",
+    "barrier",
+    "dp_mesh",
+    "dp_rank",
+    "dp_size",
+    "get_process_group",
+    "init",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "mp_rank",
+    "mp_size",
+    "parallelize",
+    "pp_rank",
+    "pp_size",
+    "rank",
+    "rdp_rank",
+    "rdp_size",
+    "register",
+    "set_tensor_parallelism",
+    "shutdown",
+    "size",
+    "tensor_parallelism",
+    "tp_mesh",
+    "tp_rank",
+    "tp_register",
+    "tp_register_with_module",
+    "tp_size",
+    "unregister",
+]

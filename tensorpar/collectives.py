@@ -1,0 +1,120 @@
+"""The four collectives of tensor parallelism, each named for what it does forward.
+
+They come in conjugate pairs; the backward of one is the forward of the other (Shoeybi et al.,
+"Megatron-LM", 2019, section 3, operators f and g):
+
+| forward | input | output | backward |
+|---|---|---|---|
+| `copy_region` | the same on all ranks | the same | all-reduce: `reduce_region` |
+| `reduce_region` | a partial sum on each rank | their sum | identity: `copy_region` |
+| `scatter_region` | the same on all ranks | this rank's chunk of a dim | `gather_region` |
+| `gather_region` | a chunk on each rank | the whole dim | `scatter_region` |
+
+No function changes its input in place: callers and saved tensors may still read it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tensorpar.parameters import local_shard
+from tensorpar.partition import chunk_sizes
+
+
+def all_reduce(
+    x: torch.Tensor, mesh: DeviceMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """The reduction of `x` over the ranks of `mesh`, in a new tensor; not differentiable."""
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    if mesh.size() > 1:
+        dist.all_reduce(out, op, group=mesh.get_group())
+    return out
+
+
+def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
+    """Chunks of a dim of global length `size`, concatenated; not differentiable.
+
+    Chunks may be uneven or empty. Backends require equal sizes, so each is padded to the first
+    rank's while it travels.
+    """
+    if mesh.size() == 1:
+        return x
+    sizes = chunk_sizes(size, mesh.size())
+    padded = x.new_zeros((*x.shape[:dim], sizes[0], *x.shape[dim + 1 :]))
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x.detach())
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=mesh.get_group())
+    pairs = zip(parts, sizes, strict=True)
+    return torch.cat([part.narrow(dim, 0, length) for part, length in pairs], dim)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Reduce.apply(grad, ctx.mesh), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.mesh = mesh
+        return all_reduce(x, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Copy.apply(grad, ctx.mesh), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.dim, ctx.size, ctx.mesh = dim, x.shape[dim], mesh
+        return local_shard(x, mesh, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Gather.apply(grad, ctx.dim, ctx.size, ctx.mesh), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.dim, ctx.mesh = dim, mesh
+        return all_gather(x, dim, size, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Scatter.apply(grad, ctx.dim, ctx.mesh), None, None, None
+
+
+def copy_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Enter a parallel region: the identity, whose backward sums the ranks' gradients."""
+    return x if mesh.size() == 1 else _Copy.apply(x, mesh)
+
+
+def reduce_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Leave a parallel region: the sum over ranks, whose backward is the identity."""
+    return x if mesh.size() == 1 else _Reduce.apply(x, mesh)
+
+
+def scatter_region(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's chunk of dim `dim` (not negative) of `x`, which is the same on all ranks."""
+    return x if mesh.size() == 1 else _Scatter.apply(x, dim, mesh)
+
+
+def gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
+    """The whole dim `dim` (not negative, of global length `size`) from the ranks' chunks.
+
+    The backward hands each rank its own chunk, so what follows must be computed alike on all
+    ranks, as everything outside a parallel region is.
+    """
+    return x if mesh.size() == 1 else _Gather.apply(x, dim, size, mesh)

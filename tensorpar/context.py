@@ -1,0 +1,132 @@
+"""`tensor_parallelism()`: a model built inside is parallel when its constructor returns."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from tensorpar import hf_compat
+from tensorpar.delayed import EmptyOnMeta
+from tensorpar.mesh import world
+from tensorpar.options import Options, mark
+from tensorpar.parallelize import parallelize
+from tensorpar.registry import find
+
+
+class _Construction:
+    """What has been attached to what while the outermost context of this thread is open."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._annotated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def attached(self, parent: nn.Module, options: Options) -> None:
+        """A child has been assigned to `parent` under `options`."""
+        if parent in self._annotated or find(type(parent)) is None:
+            return
+        if options.enabled:
+            self._annotated.add(parent)
+        if options != self.options:
+            mark(parent, options)
+
+    def has_parent(self, child: nn.Module, parent: nn.Module) -> None:
+        """Remember the way from a module to the root it was built into."""
+        self._parents[child] = weakref.ref(parent)
+
+    def finish(self) -> None:
+        """Cut what no Transformers constructor has finished: models of the user's own."""
+        for root in {self._root(module) for module in self._annotated}:
+            parallelize(root, options=self.options)
+
+    def _root(self, module: nn.Module) -> nn.Module:
+        while (reference := self._parents.get(module)) is not None:
+            parent = reference()
+            if parent is None:
+                break
+            module = parent
+        return module
+
+
+_construction: ContextVar[_Construction | None] = ContextVar("construction", default=None)
+_options: ContextVar[Options | None] = ContextVar("options", default=None)
+
+
+@contextmanager
+def tensor_parallelism(enabled: bool = True, **tp_config: Any) -> Iterator[None]:
+    """Within: models are built tensor parallel, with the values one process would give them.
+
+    A Transformers model is parallel, usable and saveable as soon as its constructor (or
+    `from_config`, `from_pretrained`) returns. A model of the user's own that holds registered
+    modules becomes parallel when the outermost context closes, since torch does not tell when a
+    constructor of its ends.
+
+    Args:
+        enabled: False leaves what is built inside as it is; the innermost context wins.
+        tp_config: the fields of `Options`: `check_batches`, `delayed_parameter_initialization`.
+
+    Raises:
+        RuntimeError: before `init`.
+        ValueError: an unknown option; or, when a model is cut, what `parallelize` refuses.
+    """
+    config = world().config
+    outer = _construction.get()
+    options = Options.of(
+        enabled,
+        tp_config,
+        delayed_parameter_initialization=config.delayed_parameter_initialization,
+    )
+    construction = outer or _Construction(options)
+    tokens = _construction.set(construction), _options.set(options)
+    empty = EmptyOnMeta() if enabled and options.delayed_parameter_initialization else nullcontext()
+    try:
+        with empty, nullcontext() if outer else _watching():
+            yield
+        if outer is None:
+            construction.finish()
+    finally:
+        _construction.reset(tokens[0])
+        _options.reset(tokens[1])
+
+
+def set_tensor_parallelism(module: nn.Module, enabled: bool = True, **tp_config: Any) -> None:
+    """Mark a built module to be made parallel, or left alone, by `DistributedModel`.
+
+    Its weights are kept. A mark on a module inside wins over one outside.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+    mark(module, Options.of(enabled, tp_config))
+
+
+@contextmanager
+def _watching() -> Iterator[None]:
+    handle = register_module_module_registration_hook(_on_attachment)  # type: ignore[no-untyped-call]
+    try:
+        with hf_compat.watch_construction(_on_finished_model):
+            yield
+    finally:
+        handle.remove()
+
+
+def _on_attachment(parent: nn.Module, _name: str, child: nn.Module | None) -> None:
+    construction, options = _construction.get(), _options.get()
+    if construction is None or options is None or child is None:
+        return
+    construction.has_parent(child, parent)
+    construction.attached(parent, options)
+
+
+def _on_finished_model(model: nn.Module) -> None:
+    options = _options.get()
+    if options is not None and options.enabled:
+        parallelize(model, options=options)

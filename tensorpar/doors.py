@@ -1,0 +1,75 @@
+"""A module's doors: where replicated activations enter a parallel region, and leave it.
+
+On entering, the named forward arguments pass the copy region, once, so that the column layers
+inside are purely local; and while training with dropout, the default generator is forked to this
+rank's own stream. The fork ends at the module's row layer, whose output is replicated again, or at
+the module's end where it has none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tensorpar.collectives import copy_region
+from tensorpar.nn.linear import RowParallel
+from tensorpar.random import Fork
+
+
+class Door:
+    """Hooks that stand at the entrance and the exit of one module.
+
+    Args:
+        module: the module whose children were made parallel.
+        enter: names of the forward arguments that the column layers read.
+        mesh: the tp mesh.
+
+    Raises:
+        ValueError: the module's forward has no argument of such a name.
+    """
+
+    def __init__(self, module: nn.Module, enter: tuple[str, ...], mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.fork = Fork()
+        names = list(inspect.signature(module.forward).parameters)
+        if missing := [name for name in enter if name not in names]:
+            raise ValueError(
+                f"enter = {missing} of {type(module).__name__}, required: arguments of its forward, "
+                f"which has {names}"
+            )
+        self._places = [(names.index(name), name) for name in enter]
+        self._dropouts = [
+            m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
+        ]
+        self._hang(module)
+
+    def _hang(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self.open, with_kwargs=True)
+        if not self._dropouts:
+            return
+        module.register_forward_hook(self.close, always_call=True)
+        for child in module.modules():
+            if isinstance(child, RowParallel):
+                child.register_forward_hook(self.close)
+
+    def open(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: copy regions on the named arguments, then the fork."""
+        args_list, kwargs = list(args), dict(kwargs)
+        for place, name in self._places:
+            holder: Any = args_list if place < len(args_list) else kwargs
+            key = place if place < len(args_list) else name
+            value = args_list[place] if place < len(args_list) else kwargs.get(name)
+            if isinstance(value, Tensor):
+                holder[key] = copy_region(value, self.mesh)
+        if module.training and any(dropout.p > 0 for dropout in self._dropouts):
+            self.fork.enter(self.mesh.get_local_rank())
+        return tuple(args_list), kwargs
+
+    def close(self, module: nn.Module, args: object, output: object) -> None:
+        """Forward hook: back to the common stream."""
+        self.fork.leave()

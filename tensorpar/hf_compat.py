@@ -1,0 +1,137 @@
+"""Every name of Transformers that is not documented, in one place.
+
+Nothing else in tensorpar reaches into that library's private parts, so a release that renames one
+is mended here. Importing this file does not import transformers; its functions do.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+_lock = threading.Lock()
+_watchers: list[Callable[[nn.Module], None]] = []
+_originals: dict[str, Any] = {}
+
+
+def is_model(module: object) -> bool:
+    """Whether `module` is a Transformers model, without importing Transformers to find out."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def model_class() -> type[nn.Module]:
+    """`PreTrainedModel`; raises RuntimeError if this version lacks what tensorpar builds on."""
+    import transformers
+    from transformers.modeling_utils import PreTrainedModel
+
+    for name in ("post_init", "from_pretrained", "save_pretrained", "_initialize_weights"):
+        if not hasattr(PreTrainedModel, name):
+            raise RuntimeError(
+                f"transformers = {transformers.__version__} has no PreTrainedModel.{name}, "
+                "required: a version within tensorpar's range (setup.cfg)"
+            )
+    return PreTrainedModel  # type: ignore[no-any-return]
+
+
+@contextmanager
+def watch_construction(finished: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Within: call `finished(model)` when the outermost constructor of a model is done.
+
+    A model counts as done at its own `post_init`, after initialisation and tying, or, if it is
+    loaded, when `from_pretrained` returns. `finished` is called in the thread that builds.
+    """
+    with _lock:
+        if not _watchers:
+            _patch()
+        _watchers.append(finished)
+    try:
+        yield
+    finally:
+        with _lock:
+            _watchers.remove(finished)
+            if not _watchers:
+                _restore()
+
+
+def _patch() -> None:
+    cls: Any = model_class()
+    _originals.update(post_init=cls.post_init, from_pretrained=cls.__dict__["from_pretrained"])
+    post_init, from_pretrained = cls.post_init, cls.from_pretrained.__func__
+    loading = threading.local()
+
+    @functools.wraps(post_init)
+    def watched_post_init(self: nn.Module) -> None:
+        post_init(self)
+        if not getattr(loading, "depth", 0) and not _inside_another_constructor(self, cls):
+            _tell(self)
+
+    @functools.wraps(from_pretrained)
+    def watched_from_pretrained(model_cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loading.depth = getattr(loading, "depth", 0) + 1
+        try:
+            result = from_pretrained(model_cls, *args, **kwargs)
+        finally:
+            loading.depth -= 1
+        model = result[0] if isinstance(result, tuple) else result
+        if not loading.depth:
+            _tell(model)
+        return result
+
+    cls.post_init = watched_post_init
+    cls.from_pretrained = classmethod(watched_from_pretrained)
+
+
+def _restore() -> None:
+    cls: Any = model_class()
+    for name, original in _originals.items():
+        setattr(cls, name, original)
+    _originals.clear()
+
+
+def _tell(model: nn.Module) -> None:
+    for finished in _watchers:
+        finished(model)
+
+
+def _inside_another_constructor(model: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the constructor of another model waits for this one's: an inner model.
+
+    The call stack itself is asked; a record kept beside it would go stale with an exception.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and frame.f_code.co_varnames:
+            owner = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if owner is not model and isinstance(owner, cls):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def initialize_weights(model: Any) -> None:
+    """Run Transformers' own initialiser over all modules again, whatever was done before."""
+    for module in model.modules():
+        module._is_hf_initialized = False
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter._is_hf_initialized = False
+    model.initialize_weights()
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Tied parameters, each with the name under which the shared one is saved."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def returns_dict(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this forward call asks for a `ModelOutput` rather than a tuple."""
+    asked = kwargs.get("return_dict")
+    return bool(model.config.return_dict if asked is None else asked)

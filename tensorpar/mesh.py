@@ -1,0 +1,149 @@
+"""The dp x tp device mesh: which ranks share one model, and which share the data.
+
+One mesh per process, made by `init`. A process without a launcher is a world of one. Modules hold
+the mesh and take its group when they need it: a mesh can be copied and pickled, a group cannot.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tensorpar.config import PLACEMENTS, Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """What `init` made: the configuration and the mesh with axes `("dp", "tp")`."""
+
+    config: Config
+    mesh: DeviceMesh
+
+
+_world: World | None = None
+
+
+def init(
+    config: Mapping[str, Any] | None = None,
+    *,
+    tensor_parallel_degree: int | None = None,
+    device_type: str | None = None,
+    timeout: timedelta = timedelta(seconds=300),
+) -> None:
+    """Start tensor parallelism on all ranks; collective over the world.
+
+    Under a launcher (`torchrun`) the process group comes from its environment variables, nccl on
+    GPUs and gloo on CPUs, unless one is initialised already. Alone, the world is one rank.
+
+    Args:
+        config: a dict with the keys of `Config`, as scripts written for smdistributed pass it.
+        tensor_parallel_degree: the short form; tensor-parallel ranks are then fed the same batch.
+        device_type: `"cpu"` or `"cuda"`; by default cuda where there is one.
+        timeout: how long a collective waits for a rank before it fails.
+
+    Raises:
+        ValueError: a key, type or value is wrong, or the world size is not a multiple of the
+            degree. Nothing has been started then, but a process group the launcher asked for.
+    """
+    global _world
+    chosen = _read_config(config, tensor_parallel_degree)
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_world_size(chosen, _announced_world_size())
+    if not dist.is_initialized():
+        _start_process_group(device_type, timeout)
+    _check_world_size(chosen, dist.get_world_size())
+    _world = World(chosen, _make_mesh(chosen, device_type))
+
+
+def shutdown() -> None:
+    """Forget the mesh and end the process group."""
+    global _world
+    _world = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_initialized() -> bool:
+    """Whether `init` has been called in this process."""
+    return _world is not None
+
+
+def world() -> World:
+    """The configuration and mesh; raises RuntimeError before `init`."""
+    if _world is None:
+        raise RuntimeError(
+            "tensorpar is not initialised; call tensorpar.init(tensor_parallel_degree=...) first"
+        )
+    return _world
+
+
+def tp_mesh() -> DeviceMesh:
+    """The one-axis mesh of the ranks that share this rank's model."""
+    return world().mesh["tp"]
+
+
+def _read_config(config: Mapping[str, Any] | None, degree: int | None) -> Config:
+    if config is None:
+        return Config(tensor_parallel_degree=1 if degree is None else degree, prescaled_batch=True)
+    chosen = Config.from_mapping(config)
+    if degree is not None:
+        chosen = replace(chosen, tensor_parallel_degree=degree)
+    logger.info(
+        "prescaled_batch = %s: tensor-parallel ranks are fed %s",
+        chosen.prescaled_batch,
+        "the same batch"
+        if chosen.prescaled_batch
+        else "a batch each, gathered by DistributedModel",
+    )
+    return chosen
+
+
+def _announced_world_size() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_world_size(config: Config, world_size: int) -> None:
+    degree = config.tensor_parallel_degree
+    if world_size % degree:
+        raise ValueError(
+            f"world size = {world_size}, required: a multiple of tensor_parallel_degree = "
+            f"{degree}; start {degree} processes or a multiple, or lower the degree"
+        )
+    if config.ddp and world_size > degree:
+        raise ValueError(
+            f"ddp = True with {world_size // degree} data-parallel ranks, required: one; pass "
+            "ddp=False and call torch.distributed.fsdp.fully_shard(model, mesh=tensorpar.dp_mesh())"
+        )
+
+
+def _start_process_group(device_type: str, timeout: timedelta) -> None:
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    if "RANK" not in os.environ:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def _make_mesh(config: Config, device_type: str) -> DeviceMesh:
+    tp = config.tensor_parallel_degree
+    dp = dist.get_world_size() // tp
+    if PLACEMENTS[config.placement_strategy]:
+        return init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))
+    ranks = torch.arange(dp * tp).reshape(tp, dp).T.contiguous()
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))

@@ -1,0 +1,159 @@
+"""A model's doors: what happens once per forward, around the model as a whole.
+
+On the way in: tensor-parallel ranks are compared to be fed the same batch, and when labels are
+given the loss is set to be computed on the shards. On the way out: what is sharded becomes whole,
+except the logits of a training step with labels, which stay a DTensor `Shard(-1)` so that nothing
+is communicated for what nobody reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from tensorpar import hf_compat
+from tensorpar.agreement import checksum, require_agreement
+from tensorpar.collectives import all_gather
+from tensorpar.nn.cross_entropy import ShardedLoss
+from tensorpar.partition import chunk_sizes
+
+#: for how many forwards of a model the content of the batch is compared, not only its shape.
+CONTENT_STEPS = 10
+
+_inside: ContextVar[bool] = ContextVar("inside_a_forward", default=False)
+_generating: ContextVar[bool] = ContextVar("generating", default=False)
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Within: forwards belong to one `generate`, whose inputs were compared at its start."""
+    token = _generating.set(True)
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+
+
+class ModelDoor:
+    """Hooks at the entrance and the exit of a model, and of each Transformers model inside it.
+
+    Args:
+        model: the module; a model inside another does less (see `open` and `close`).
+        mesh: the tp mesh.
+        check_batches: whether to compare batches.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, check_batches: bool) -> None:
+        self.mesh = mesh
+        self.check_batches = check_batches
+        self._steps = 0
+        self._forwards: list[tuple[ExitStack, bool, bool]] = []
+        self._names = list(inspect.signature(model.forward).parameters)
+        inner = (module for module in model.modules() if module is not model)
+        self._records_attentions = hf_compat.is_model(model) and not any(
+            hf_compat.is_model(module) for module in inner
+        )
+
+    @classmethod
+    def hang(cls, model: nn.Module, mesh: DeviceMesh, *, check_batches: bool) -> None:
+        """Give `model` its doors, unless it has them."""
+        if "_tensorpar_door" in model.__dict__:
+            return
+        door = cls(model, mesh, check_batches=check_batches)
+        model.__dict__["_tensorpar_door"] = door
+        model.register_forward_pre_hook(door.open, prepend=True, with_kwargs=True)
+        model.register_forward_hook(door.close, always_call=True)
+
+    def open(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook. Only the outermost model compares batches.
+
+        Raises:
+            ValueError: the ranks' arguments differ; on every rank.
+        """
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        is_outermost = not _inside.get()
+        as_dict = True
+        stack = ExitStack()
+        self._forwards.append((stack, is_outermost, False))
+        if is_outermost:
+            token = _inside.set(True)
+            stack.callback(_inside.reset, token)
+            if self.check_batches and not _generating.get():
+                self.compare(given)
+        if given.get("labels") is not None:
+            stack.enter_context(ShardedLoss())
+        if hf_compat.is_model(model):
+            as_dict = hf_compat.returns_dict(model, kwargs)
+            kwargs = {**kwargs, "return_dict": True}
+        self._forwards[-1] = stack, is_outermost, not as_dict
+        return args, kwargs
+
+    def compare(self, given: dict[str, Any]) -> None:
+        """Raise on all ranks unless they are fed alike; content is compared on the first steps."""
+        content = self._steps < CONTENT_STEPS
+        facts = argument_facts(given, content=content)
+        if content:
+            facts["torch's random state"] = f"crc {checksum(torch.get_rng_state()):08x}"
+        self._steps += 1
+        require_agreement(
+            facts,
+            self.mesh,
+            "tp ranks were fed different batches or seeded differently; shard data by dp_rank and "
+            "call torch.manual_seed alike on all tp ranks",
+        )
+
+    def close(self, model: nn.Module, args: object, output: Any) -> Any:
+        """Forward hook, run after an exception too: make outputs whole, leave the contexts."""
+        stack, is_outermost, as_tuple = self._forwards.pop()
+        stack.close()
+        if output is None:
+            return None
+        if hf_compat.is_model(model) and isinstance(output, dict):
+            if self._records_attentions:
+                self._gather_attentions(model, output)
+            if is_outermost and not model.training:
+                _gather_logits(output)
+        return output.to_tuple() if as_tuple else output
+
+    def _gather_attentions(self, model: Any, output: dict[str, Any]) -> None:
+        """Recorded attention weights `[batch, this rank's heads, queries, keys]` become whole."""
+        heads = model.config.num_attention_heads
+        held = chunk_sizes(heads, self.mesh.size())[self.mesh.get_local_rank()]
+        for name in ("attentions", "cross_attentions"):
+            if recorded := output.get(name):
+                whole = (all_gather(a[:, :held], 1, heads, self.mesh) for a in recorded)
+                output[name] = tuple(whole)
+
+
+def _gather_logits(output: dict[str, Any]) -> None:
+    for name, value in list(output.items()):
+        if isinstance(value, DTensor):
+            output[name] = value.full_tensor()
+
+
+def argument_facts(given: dict[str, Any], *, content: bool) -> dict[str, object]:
+    """What tensor-parallel ranks must have in common of a call's arguments.
+
+    Args:
+        given: name to value; tensors and plain scalars are looked at.
+        content: compare values as well as shapes.
+    """
+    facts: dict[str, object] = {}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            facts[name] = f"{str(value.dtype)[6:]}{list(value.shape)}"
+            if content and not isinstance(value, DTensor):
+                facts[name] = f"{facts[name]} crc {checksum(value):08x}"
+        elif value is None or isinstance(value, bool | int | float | str):
+            facts[name] = value
+    return facts

@@ -1,0 +1,151 @@
+"""Column- and row-parallel linear layers.
+
+"Column" speaks of the matrix as papers write it, `Y = X A`, and means output features; torch stores
+them as the weight's first dim. A column layer followed by a row layer needs one all-reduce forward
+(at the row layer's end) and one backward (at the door before the column layer):
+
+    x_BI  input, the same on all ranks       A_OI  this rank's output features, O = out / n
+    column  y_BO = x_BI @ A_OI.T + a_O       B_PO  this rank's input features of the next layer
+    row     z_BP = all_reduce(y_BO @ B_PO.T) + b_P
+    dgrad   dy = dz @ B_PO;  dx = all_reduce(dy @ A_OI)      (the all-reduce sits at the door)
+    wgrad   dA_OI = dy.T @ x;  dB_PO = dz.T @ y;  db_P = dz  (local)
+
+Stored weights carry one honest dim per axis, e.g. `[3, heads, head_dim, in]` for fused q|k|v, so a
+shard is always one contiguous slice; the product sees a flattened view of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tensorpar.collectives import copy_region, gather_region, reduce_region
+from tensorpar.mesh import tp_mesh
+from tensorpar.parameters import local, mixture, shard_in_place
+
+
+def _at_least_one_head(shard: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """A rank without a head computes one of zeros, so that attention code and autograd run there.
+
+    It adds exact zeros to the row layer's sum; the parameter itself stays empty.
+    """
+    if dim is None or shard.shape[dim] > 0:
+        return shard
+    ghost = shard.new_zeros((*shard.shape[:dim], 1, *shard.shape[dim + 1 :]))
+    return torch.cat([shard, ghost], dim)
+
+
+class ColumnParallel:
+    """Forward of a linear layer that holds some of the output features.
+
+    Mixed into `torch.nn.Linear` or Hugging Face's `Conv1D`, whose public sizes stay global.
+
+    Attributes:
+        mesh: the tp mesh.
+        weight: `[..., in]`, DTensor sharded on one of the leading dims.
+        bias: the weight's leading dims, sharded alike, or None.
+        heads_dim: the dim of the weight that counts attention heads, if one does.
+        copy_input: pass the copy region here; False where a module's door has done so.
+        gather_output: return all features instead of this rank's.
+    """
+
+    mesh: DeviceMesh
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    heads_dim: int | None = None
+    copy_input: bool = False
+    gather_output: bool = False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., in]`, the same on all ranks, to `[..., this rank's features]` (or all)."""
+        if self.copy_input:
+            input = copy_region(input, self.mesh)
+        weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(0, -2)
+        bias = self.bias
+        if bias is not None:
+            bias = _at_least_one_head(local(bias), self.heads_dim).flatten()
+        output = F.linear(input, weight, bias)
+        if not self.gather_output:
+            return output
+        features = self.weight.shape[:-1].numel()
+        return gather_region(output, output.ndim - 1, features, self.mesh)
+
+
+class RowParallel:
+    """Forward of a linear layer that holds some of the input features.
+
+    Attributes:
+        mesh: the tp mesh.
+        weight: `[out, ...]`, DTensor sharded on one of the trailing dims.
+        bias: `[out]`, replicated, added after the sum; or None.
+        heads_dim: the dim of the weight that counts attention heads, if one does.
+    """
+
+    mesh: DeviceMesh
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    heads_dim: int | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., this rank's features]` to `[..., out]`, the same on all ranks."""
+        weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
+        output = reduce_region(F.linear(input, weight), self.mesh)
+        return output if self.bias is None else output + local(self.bias)
+
+
+@mixture
+class ColumnParallelLinear(ColumnParallel, nn.Linear):
+    """`torch.nn.Linear` with its output features sharded over the tp mesh.
+
+    The constructor draws the full weight as `torch.nn.Linear` does, so the same seed gives the
+    same layer at any degree, and keeps this rank's rows.
+
+    Args:
+        in_features: global size of the input's last dim, the same on all ranks.
+        out_features: global number of output features; need not divide.
+        bias: whether there is one; sharded like the output.
+        gather_output: return all features on every rank.
+        mesh: the tp mesh; by default that of `tensorpar.init`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        gather_output: bool = False,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias)
+        self.copy_input, self.gather_output = True, gather_output
+        self.mesh = mesh or tp_mesh()
+        shard_in_place(self, {"weight": 0, "bias": 0}, self.mesh)
+
+
+@mixture
+class RowParallelLinear(RowParallel, nn.Linear):
+    """`torch.nn.Linear` with its input features sharded over the tp mesh.
+
+    Takes what a `ColumnParallelLinear` without `gather_output` returns.
+
+    Args:
+        in_features: global number of input features; need not divide.
+        out_features: size of the output, the same on all ranks.
+        bias: whether there is one; replicated, added once after the sum.
+        mesh: the tp mesh; by default that of `tensorpar.init`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias)
+        self.mesh = mesh or tp_mesh()
+        shard_in_place(self, {"weight": 1, "bias": None}, self.mesh)

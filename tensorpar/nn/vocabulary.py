@@ -1,0 +1,106 @@
+"""The sharded vocabulary: word embedding and language-model head, each rank some of the tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from tensorpar.collectives import copy_region, gather_region, reduce_region
+from tensorpar.mesh import tp_mesh
+from tensorpar.nn.cross_entropy import loss_on_shards
+from tensorpar.parameters import from_local, local, mixture, shard_in_place
+from tensorpar.partition import chunk_bounds
+
+
+class VocabParallel:
+    """Forward of an embedding that holds some of the tokens.
+
+    Attributes:
+        mesh: the tp mesh.
+        weight: `[num_embeddings, embedding_dim]`, DTensor sharded on dim 0.
+    """
+
+    mesh: DeviceMesh
+    weight: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """int64 `[...]`, the same on all ranks, to `[..., embedding_dim]`; one all-reduce.
+
+        Raises:
+            IndexError: a token is outside `range(num_embeddings)`. Every rank sees all tokens, so
+                every rank raises.
+        """
+        num_embeddings = self.weight.shape[0]
+        if input.device.type == "cpu" and input.numel():
+            low, high = (int(bound) for bound in input.aminmax())
+            if low < 0 or high >= num_embeddings:
+                raise IndexError(f"tokens in [{low}, {high}], required: in [0, {num_embeddings})")
+        start, stop = chunk_bounds(num_embeddings, self.mesh.size(), self.mesh.get_local_rank())
+        weight = local(self.weight)
+        foreign = (input < start) | (input >= stop)
+        if start == stop:  # no token lives here, and F.embedding needs one row
+            weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+        rows = F.embedding((input - start).masked_fill(foreign, 0), weight)
+        return reduce_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
+
+
+@mixture
+class VocabParallelEmbedding(VocabParallel, nn.Embedding):
+    """`torch.nn.Embedding` with its rows sharded over the tp mesh.
+
+    The constructor draws the full weight as `torch.nn.Embedding` does and keeps this rank's rows.
+
+    Args:
+        num_embeddings: global number of tokens; need not divide.
+        embedding_dim: size of one row.
+        padding_idx: a token whose row starts at zero and gets no gradient.
+        mesh: the tp mesh; by default that of `tensorpar.init`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx)
+        self.mesh = mesh or tp_mesh()
+        shard_in_place(self, {"weight": 0}, self.mesh)
+
+
+class VocabParallelHead:
+    """Forward of a language-model head that holds some of the vocabulary.
+
+    Mixed into a linear layer `[hidden -> vocabulary]`, usually tied to the embedding.
+
+    Attributes:
+        mesh: the tp mesh.
+        weight: `[vocabulary, hidden]`, DTensor sharded on dim 0.
+        bias: `[vocabulary]`, sharded alike, or None.
+    """
+
+    mesh: DeviceMesh
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden]`, the same on all ranks, to logits `[..., vocabulary]`.
+
+        While the enclosing model computes a loss the logits are a DTensor `Shard(-1)` and nothing
+        is gathered; otherwise they are whole and plain on every rank.
+        """
+        bias = None if self.bias is None else local(self.bias)
+        logits = F.linear(copy_region(input, self.mesh), local(self.weight), bias)
+        shape = (*logits.shape[:-1], self.weight.shape[0])
+        if loss_on_shards():
+            return from_local(logits, self.mesh, len(shape) - 1, shape)
+        return gather_region(logits, len(shape) - 1, shape[-1], self.mesh)
+
+
+@mixture
+class VocabParallelLinear(VocabParallelHead, nn.Linear):
+    """`torch.nn.Linear` as a language-model head with its rows sharded over the tp mesh."""

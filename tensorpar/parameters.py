@@ -1,0 +1,119 @@
+"""Parameters as DTensors on the tp mesh, and the plain local tensors that forwards compute on.
+
+Every parameter of a parallel model is a DTensor, sharded along one dim or replicated, so that
+stock optimizers, gradient clipping, FSDP2 and distributed checkpoints work on all of them alike.
+No activation is one: a forward takes `local(parameter)` and calls plain kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from tensorpar.partition import shard
+
+
+def placement(dim: int | None) -> Placement:
+    """`Shard(dim)`, or `Replicate()` for None."""
+    return Replicate() if dim is None else Shard(dim)
+
+
+def local_shard(full: torch.Tensor, mesh: DeviceMesh, dim: int | None) -> torch.Tensor:
+    """This rank's view of `full` along `dim`; all of it for None. Nothing is communicated."""
+    if dim is None:
+        return full
+    return shard(full, dim, mesh.size())[mesh.get_local_rank()]
+
+
+def from_local(
+    shard: torch.Tensor, mesh: DeviceMesh, dim: int | None, shape: Iterable[int]
+) -> DTensor:
+    """The DTensor of global `shape` of which `shard` is this rank's part; differentiable."""
+    shape = torch.Size(shape)
+    return DTensor.from_local(
+        shard,
+        mesh,
+        [placement(dim)],
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def parameter(
+    shard: torch.Tensor, mesh: DeviceMesh, dim: int | None, shape: Iterable[int]
+) -> nn.Parameter:
+    """A DTensor parameter that owns the memory of its shard, and nothing beyond it."""
+    own = shard.detach()
+    if not own.is_contiguous() or own.untyped_storage().nbytes() > own.nbytes:
+        own = own.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(from_local(own, mesh, dim, shape), requires_grad=shard.requires_grad)
+
+
+def shard_dim(tensor: torch.Tensor) -> int | None:
+    """The dim along which the tp mesh shards `tensor`; None where it is whole on every rank."""
+    if not isinstance(tensor, DTensor):
+        return None
+    last = tensor.placements[-1]
+    return last.dim if isinstance(last, Shard) else None
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter as a plain tensor, differentiable back to it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class LocalParameters:
+    """Mixed into the class of a module whose parameters are replicated: its forward sees them plain.
+
+    The module stays an instance of its own class; only while its forward runs do its parameters
+    read as local tensors.
+    """
+
+    _parameters: dict[str, torch.Tensor | None]
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The class's own forward, on local tensors."""
+        shelf = self._parameters
+        plain = {name: None if p is None else local(p) for name, p in shelf.items()}
+        self.__dict__["_parameters"] = plain
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__["_parameters"] = shelf
+
+
+def shard_in_place(module: nn.Module, dims: Mapping[str, int | None], mesh: DeviceMesh) -> None:
+    """Replace full parameters of `module` by DTensors; a name whose parameter is None is left."""
+    for name, dim in dims.items():
+        full = module._parameters[name]
+        if full is not None:
+            shard = local_shard(full, mesh, dim)
+            module._parameters[name] = parameter(shard, mesh, dim, full.shape)
+
+
+_mixtures: dict[tuple[type, ...], type] = {}
+
+C = TypeVar("C", bound=type)
+
+
+def mixture(cls: C) -> C:
+    """Class decorator: `cls` is what `mix_in` makes of its first base (the mixin) and second."""
+    _mixtures[cls.__bases__] = cls
+    return cls
+
+
+def mix_in(module: nn.Module, mixin: type) -> None:
+    """Put `mixin` in front of the class of `module`, in place; the instance keeps its identity."""
+    base = type(module)
+    if issubclass(base, mixin):
+        return
+    if (mixin, base) not in _mixtures:
+        namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+        _mixtures[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), namespace)
+    module.__class__ = _mixtures[mixin, base]
