@@ -15,7 +15,7 @@ from tensorpar.collectives import all_reduce
 def checksum(tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's values; reads all of them to the host."""
     values = tensor.detach().contiguous().cpu()
-    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def require_agreement(facts: Mapping[str, object], mesh: DeviceMesh, problem: str) -> None:

@@ -110,7 +110,7 @@ def set_tensor_parallelism(module: nn.Module, enabled: bool = True, **tp_config:
 
 @contextmanager
 def _watching() -> Iterator[None]:
-    handle = register_module_module_registration_hook(_on_attachment)  # type: ignore[no-untyped-call]
+    handle = register_module_module_registration_hook(_on_attachment)
     try:
         with hf_compat.watch_construction(_on_finished_model):
             yield

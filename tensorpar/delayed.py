@@ -66,7 +66,7 @@ def fill(model: nn.Module, mesh: DeviceMesh, fresh: Sequence[nn.Parameter]) -> N
     covered = {id(p) for inner in models for p in inner.parameters()}
     if any(id(parameter) not in covered for parameter in fresh):
         raise ValueError(
-            "delayed_parameter_initialization = True for parameters outside any Transformers model, "
+            "delayed_parameter_initialization = True outside any Transformers model, "
             "required: a model with Transformers' initialiser; build this one without the option"
         )
     fork = Fork()

@@ -37,8 +37,8 @@ class Door:
         names = list(inspect.signature(module.forward).parameters)
         if missing := [name for name in enter if name not in names]:
             raise ValueError(
-                f"enter = {missing} of {type(module).__name__}, required: arguments of its forward, "
-                f"which has {names}"
+                f"enter = {missing} of {type(module).__name__}, required: arguments of its "
+                f"forward, which has {names}"
             )
         self._places = [(names.index(name), name) for name in enter]
         self._dropouts = [
@@ -70,6 +70,6 @@ class Door:
             self.fork.enter(self.mesh.get_local_rank())
         return tuple(args_list), kwargs
 
-    def close(self, module: nn.Module, args: object, output: object) -> None:
+    def close(self, *_: object) -> None:
         """Forward hook: back to the common stream."""
         self.fork.leave()

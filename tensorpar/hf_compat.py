@@ -38,7 +38,7 @@ def model_class() -> type[nn.Module]:
                 f"transformers = {transformers.__version__} has no PreTrainedModel.{name}, "
                 "required: a version within tensorpar's range (setup.cfg)"
             )
-    return PreTrainedModel  # type: ignore[no-any-return]
+    return PreTrainedModel
 
 
 @contextmanager

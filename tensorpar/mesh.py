@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tensorpar.config import PLACEMENTS, Config
@@ -131,9 +132,7 @@ def _check_world_size(config: Config, world_size: int) -> None:
 def _start_process_group(device_type: str, timeout: timedelta) -> None:
     backend = "nccl" if device_type == "cuda" else "gloo"
     if "RANK" not in os.environ:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -16,7 +16,7 @@ from tensorpar.mesh import tp_mesh, world
 from tensorpar.options import Options
 from tensorpar.own_batches import OwnBatches
 from tensorpar.parallelize import parallelize
-from tensorpar.parameters import shard_dim
+from tensorpar.parameters import local, shard_dim
 from tensorpar.recognition import LayoutName, recognise
 from tensorpar.replace import translate_functions
 
@@ -101,7 +101,7 @@ class DistributedModel(nn.Module):
     def local_state_dict(self) -> dict[str, Any]:
         """This rank's plain shards in tensorpar layout; nothing is communicated."""
         return {
-            name: value.detach().to_local() if isinstance(value, DTensor) else value
+            name: local(value).detach() if isinstance(value, DTensor) else value
             for name, value in self.module.state_dict().items()
         }
 

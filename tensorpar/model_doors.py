@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -89,7 +90,7 @@ class ModelDoor:
             token = _inside.set(True)
             stack.callback(_inside.reset, token)
             if self.check_batches and not _generating.get():
-                self.compare(given)
+                self.compare(given, training=model.training)
         if given.get("labels") is not None:
             stack.enter_context(ShardedLoss())
         if hf_compat.is_model(model):
@@ -98,11 +99,14 @@ class ModelDoor:
         self._forwards[-1] = stack, is_outermost, not as_dict
         return args, kwargs
 
-    def compare(self, given: dict[str, Any]) -> None:
-        """Raise on all ranks unless they are fed alike; content is compared on the first steps."""
-        content = self._steps < CONTENT_STEPS
+    def compare(self, given: dict[str, Any], *, training: bool) -> None:
+        """Raise on all ranks unless they are fed alike.
+
+        Content is compared on the first steps, then only under `TORCH_DISTRIBUTED_DEBUG=DETAIL`.
+        """
+        content = self._steps < CONTENT_STEPS or dist.get_debug_level() == dist.DebugLevel.DETAIL
         facts = argument_facts(given, content=content)
-        if content:
+        if content and training:
             facts["torch's random state"] = f"crc {checksum(torch.get_rng_state()):08x}"
         self._steps += 1
         require_agreement(
@@ -112,7 +116,7 @@ class ModelDoor:
             "call torch.manual_seed alike on all tp ranks",
         )
 
-    def close(self, model: nn.Module, args: object, output: Any) -> Any:
+    def close(self, model: nn.Module, _args: object, output: Any) -> Any:
         """Forward hook, run after an exception too: make outputs whole, leave the contexts."""
         stack, is_outermost, as_tuple = self._forwards.pop()
         stack.close()

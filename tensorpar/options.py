@@ -31,7 +31,7 @@ class Options:
             raise ValueError(f"unknown options {unknown}, required: some of {known}")
         for name, value in given.items():
             if not isinstance(value, bool):
-                raise ValueError(f"{name} = {value!r}, required: True or False")
+                raise TypeError(f"{name} = {value!r}, required: True or False")
         return cls(enabled=enabled, **{**defaults, **given})
 
 

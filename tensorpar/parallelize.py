@@ -22,6 +22,7 @@ from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill, stays_on_meta
 from tensorpar.doors import Door
+from tensorpar.empty_shards import answer_empty_shards
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
 from tensorpar.nn.linear import ColumnParallel, RowParallel
@@ -168,6 +169,7 @@ class _Work:
         sizes = chunk_sizes(heads, self.mesh.size())
         if idle := [rank for rank, size in enumerate(sizes) if size == 0]:
             self._idle[f"{name} ({heads} heads)"] = idle
+            answer_empty_shards()
 
     def warn_of_idle_ranks(self) -> None:
         """One warning, on the first tensor-parallel rank."""
@@ -211,7 +213,14 @@ def _mixin(style: Style, child: nn.Module) -> type:
         return ColumnParallel
     if isinstance(style, Row):
         return RowParallel
-    return VocabParallelEmbedding if isinstance(child, nn.Embedding) else VocabParallelHead
+    if not isinstance(child, nn.Embedding):
+        return VocabParallelHead
+    if child.max_norm is not None or child.scale_grad_by_freq or child.sparse:
+        raise ValueError(
+            f"{child} has max_norm, scale_grad_by_freq or sparse, required: none of them for a "
+            "sharded vocabulary"
+        )
+    return VocabParallelEmbedding
 
 
 def _divide(module: nn.Module, name: str, heads: int | None, mesh: DeviceMesh) -> None:

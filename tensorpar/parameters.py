@@ -69,7 +69,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class LocalParameters:
-    """Mixed into the class of a module whose parameters are replicated: its forward sees them plain.
+    """Mixed into the class of a module with replicated parameters: its forward sees them plain.
 
     The module stays an instance of its own class; only while its forward runs do its parameters
     read as local tensors.

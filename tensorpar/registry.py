@@ -116,7 +116,7 @@ def tp_register(
     forward_hook: Callable[..., Any] | None = None,
     return_hook: Callable[[Any], Any] | None = None,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator: the class is replaced by `dist_module`, as `tp_register_with_module` says."""
+    """Class decorator: replace the class by `dist_module`, as `tp_register_with_module` does."""
 
     def decorate(module_cls: type[nn.Module]) -> type[nn.Module]:
         tp_register_with_module(module_cls, dist_module, init_hook, forward_hook, return_hook)
@@ -128,7 +128,7 @@ def tp_register(
 def unregister(module: type[nn.Module] | str) -> None:
     """Forget a class; raises KeyError if it is not registered."""
     if isinstance(_plans.pop(module), Replacement):
-        module.__init__ = module.__init__.__wrapped__  # type: ignore[misc, union-attr]
+        module.__init__ = module.__init__.__wrapped__  # type: ignore[method-assign, union-attr]
 
 
 _arguments: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = (
@@ -156,8 +156,8 @@ def constructor_arguments(module: nn.Module) -> tuple[tuple[Any, ...], dict[str,
     """
     if module not in _arguments:
         raise ValueError(
-            f"a {type(module).__name__} was built before its class was registered, so the arguments "
-            "of its replacement are unknown; register the class first"
+            f"a {type(module).__name__} was built before its class was registered, so the "
+            "arguments of its replacement are unknown; register the class first"
         )
     return _arguments[module]
 

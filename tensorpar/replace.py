@@ -62,7 +62,7 @@ def _adapt_calls(module: nn.Module, replacement: Replacement) -> None:
         module.register_forward_pre_hook(adapt_arguments, prepend=True, with_kwargs=True)
     if return_hook is not None:
 
-        def adapt_output(_: nn.Module, args: Any, output: Any) -> Any:
+        def adapt_output(_: nn.Module, _args: Any, output: Any) -> Any:
             return return_hook(output)
 
         module.register_forward_hook(adapt_output)
@@ -70,7 +70,7 @@ def _adapt_calls(module: nn.Module, replacement: Replacement) -> None:
 
 def translate_functions(model: nn.Module) -> list[tuple[Any, Any]]:
     """`(to_hf, from_hf)` of every replaced class that occurs in `model`, each once."""
-    found = {}
+    found: dict[tuple[Any, Any], None] = {}
     for module in model.modules():
         replacement = module.__dict__.get("_tensorpar_replacement")
         if replacement is not None and replacement.translate_functions is not None:

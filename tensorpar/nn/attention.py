@@ -74,7 +74,7 @@ class ParallelAttention(nn.Module):
         setattr(self, f"{name}_weight", self._cut(full.weight, (*out_shape, in_size), 0))
         setattr(self, f"{name}_bias", self._cut(full.bias, out_shape, 0) if bias else None)
 
-    def _cut(self, full: nn.Parameter, shape: tuple[int, ...], dim: int | None) -> nn.Parameter:
+    def _cut(self, full: torch.Tensor, shape: tuple[int, ...], dim: int | None) -> nn.Parameter:
         shard = local_shard(full.view(shape), self.mesh, dim)
         return parameter(shard, self.mesh, dim, shape)
 

@@ -16,6 +16,8 @@ shard is always one contiguous slice; the product sees a flattened view of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,7 +55,7 @@ class ColumnParallel:
 
     mesh: DeviceMesh
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any
     heads_dim: int | None = None
     copy_input: bool = False
     gather_output: bool = False
@@ -85,7 +87,7 @@ class RowParallel:
 
     mesh: DeviceMesh
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any
     heads_dim: int | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +26,7 @@ class VocabParallel:
 
     mesh: DeviceMesh
     weight: torch.Tensor
+    padding_idx: int | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """int64 `[...]`, the same on all ranks, to `[..., embedding_dim]`; one all-reduce.
@@ -42,7 +45,11 @@ class VocabParallel:
         foreign = (input < start) | (input >= stop)
         if start == stop:  # no token lives here, and F.embedding needs one row
             weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
-        rows = F.embedding((input - start).masked_fill(foreign, 0), weight)
+        padding = self.padding_idx
+        is_here = padding is not None and start <= padding < stop
+        rows = F.embedding(
+            (input - start).masked_fill(foreign, 0), weight, padding - start if is_here else None
+        )
         return reduce_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
 
 
@@ -55,7 +62,7 @@ class VocabParallelEmbedding(VocabParallel, nn.Embedding):
     Args:
         num_embeddings: global number of tokens; need not divide.
         embedding_dim: size of one row.
-        padding_idx: a token whose row starts at zero and gets no gradient.
+        padding_idx: a token (not negative) whose row starts at zero and gets no gradient.
         mesh: the tp mesh; by default that of `tensorpar.init`.
     """
 
@@ -85,7 +92,7 @@ class VocabParallelHead:
 
     mesh: DeviceMesh
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]`, the same on all ranks, to logits `[..., vocabulary]`.
