@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tensorpar import hf_compat
-from tensorpar.nn.vocabulary import VocabParallelEmbedding
+from tensorpar.nn.vocabulary import VocabParallel
 from tensorpar.parameters import shard_dim
-from tensorpar.partition import chunk_bounds
 from tensorpar.random import Fork
 
 
@@ -97,17 +96,13 @@ def _shard(parameter: torch.Tensor) -> torch.Tensor:
 def _plain_shards(model: nn.Module) -> Iterator[None]:
     """Within: parameters read as this rank's plain shards, padding rows are where they are held."""
     shelves = {module: module._parameters for module in model.modules()}
-    embeddings = [module for module in shelves if isinstance(module, VocabParallelEmbedding)]
+    embeddings = [module for module in shelves if isinstance(module, VocabParallel)]
     paddings = {module: module.padding_idx for module in embeddings}
     for module, shelf in shelves.items():
         plain = {name: None if p is None else _shard(p) for name, p in shelf.items()}
         module.__dict__["_parameters"] = plain
-    for module, padding in paddings.items():
-        if padding is not None:
-            start, stop = chunk_bounds(
-                module.num_embeddings, module.mesh.size(), module.mesh.get_local_rank()
-            )
-            module.padding_idx = padding - start if start <= padding < stop else None
+    for module in embeddings:
+        module.padding_idx = module.local_padding_idx()
     try:
         yield
     finally:

@@ -27,7 +27,11 @@ _IDENTITIES = {
 
 def answer_empty_shards() -> None:
     """Let `clip_grad_norm_(norm_type=inf)` and `max` work on all ranks alike, in this process."""
-    DTensor._op_dispatcher._custom_op_handlers.update(dict.fromkeys(_IDENTITIES, _handle))
+    _handlers().update(dict.fromkeys(_IDENTITIES, _handle))
+
+
+def _handlers() -> dict[Any, Any]:
+    return DTensor._op_dispatcher._custom_op_handlers
 
 
 def _handle(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -38,7 +42,7 @@ def _handle(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         identity = _IDENTITIES[op]
         many = isinstance(tensors, list | tuple)
         tensors = [_fill(x, identity) for x in tensors] if many else _fill(tensors, identity)
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers = _handlers()
     del handlers[op]
     try:
         return op(tensors, *rest, **kwargs)
@@ -56,7 +60,7 @@ def _fill(tensor: Any, identity: float) -> Any:
     shard = tensor.to_local().reshape(-1)
     shard = shard if shard.numel() else shard.new_full((1,), identity)
     placements = [Shard(0) if isinstance(p, Shard) else p for p in tensor.placements]
-    length = tensor.device_mesh.size() * tensor.numel()
+    length = torch.Size([tensor.device_mesh.size() * tensor.numel()])
     return DTensor.from_local(
-        shard, tensor.device_mesh, placements, run_check=False, shape=(length,), stride=(1,)
+        shard, tensor.device_mesh, placements, run_check=False, shape=length, stride=(1,)
     )

@@ -15,8 +15,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed import DebugLevel, get_debug_level  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -104,7 +104,7 @@ class ModelDoor:
 
         Content is compared on the first steps, then only under `TORCH_DISTRIBUTED_DEBUG=DETAIL`.
         """
-        content = self._steps < CONTENT_STEPS or dist.get_debug_level() == dist.DebugLevel.DETAIL
+        content = self._steps < CONTENT_STEPS or get_debug_level() == DebugLevel.DETAIL
         facts = argument_facts(given, content=content)
         if content and training:
             facts["torch's random state"] = f"crc {checksum(torch.get_rng_state()):08x}"

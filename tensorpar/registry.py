@@ -128,7 +128,7 @@ def tp_register(
 def unregister(module: type[nn.Module] | str) -> None:
     """Forget a class; raises KeyError if it is not registered."""
     if isinstance(_plans.pop(module), Replacement):
-        module.__init__ = module.__init__.__wrapped__  # type: ignore[method-assign, union-attr]
+        module.__init__ = module.__init__.__wrapped__  # type: ignore[misc, method-assign, union-attr]
 
 
 _arguments: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = (

@@ -26,7 +26,19 @@ class VocabParallel:
 
     mesh: DeviceMesh
     weight: torch.Tensor
+    num_embeddings: int
     padding_idx: int | None
+
+    def _bounds(self) -> tuple[int, int]:
+        """The tokens whose rows this rank holds, as a half-open range."""
+        return chunk_bounds(self.num_embeddings, self.mesh.size(), self.mesh.get_local_rank())
+
+    def local_padding_idx(self) -> int | None:
+        """`padding_idx` as an index of this rank's rows; None where another rank holds it."""
+        start, stop = self._bounds()
+        if self.padding_idx is None or not start <= self.padding_idx < stop:
+            return None
+        return self.padding_idx - start
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """int64 `[...]`, the same on all ranks, to `[..., embedding_dim]`; one all-reduce.
@@ -35,21 +47,19 @@ class VocabParallel:
             IndexError: a token is outside `range(num_embeddings)`. Every rank sees all tokens, so
                 every rank raises.
         """
-        num_embeddings = self.weight.shape[0]
         if input.device.type == "cpu" and input.numel():
             low, high = (int(bound) for bound in input.aminmax())
-            if low < 0 or high >= num_embeddings:
-                raise IndexError(f"tokens in [{low}, {high}], required: in [0, {num_embeddings})")
-        start, stop = chunk_bounds(num_embeddings, self.mesh.size(), self.mesh.get_local_rank())
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(
+                    f"tokens in [{low}, {high}], required: in [0, {self.num_embeddings})"
+                )
+        start, stop = self._bounds()
         weight = local(self.weight)
         foreign = (input < start) | (input >= stop)
         if start == stop:  # no token lives here, and F.embedding needs one row
             weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
-        padding = self.padding_idx
-        is_here = padding is not None and start <= padding < stop
-        rows = F.embedding(
-            (input - start).masked_fill(foreign, 0), weight, padding - start if is_here else None
-        )
+        local_ids = (input - start).masked_fill(foreign, 0)
+        rows = F.embedding(local_ids, weight, self.local_padding_idx())
         return reduce_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
 
 
