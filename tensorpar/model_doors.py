@@ -1,9 +1,10 @@
 """A model's doors: what happens once per forward, around the model as a whole.
 
 On the way in: tensor-parallel ranks are compared to be fed the same batch, and when labels are
-given the loss is set to be computed on the shards. On the way out: what is sharded becomes whole,
-except the logits of a training step with labels, which stay a DTensor `Shard(-1)` so that nothing
-is communicated for what nobody reads.
+given the loss is set to be computed on the shards; data-parallel ranks, which are seeded alike to
+hold the same model, get random streams of their own while training. On the way out: what is
+sharded becomes whole, except the logits of a training step with labels, which stay a DTensor
+`Shard(-1)` so that nothing is communicated for what nobody reads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +25,10 @@ from torch.distributed.tensor import DTensor
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.collectives import all_gather
+from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
 from tensorpar.partition import chunk_sizes
+from tensorpar.random import Fork
 
 #: for how many forwards of a model the content of the batch is compared, not only its shape.
 CONTENT_STEPS = 10
@@ -43,6 +47,15 @@ def generating() -> Iterator[None]:
         _generating.reset(token)
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """One forward that is under way."""
+
+    contexts: ExitStack
+    is_outermost: bool
+    as_tuple: bool
+
+
 class ModelDoor:
     """Hooks at the entrance and the exit of a model, and of each Transformers model inside it.
 
@@ -55,8 +68,9 @@ class ModelDoor:
     def __init__(self, model: nn.Module, mesh: DeviceMesh, *, check_batches: bool) -> None:
         self.mesh = mesh
         self.check_batches = check_batches
+        self.fork = Fork()
         self._steps = 0
-        self._forwards: list[tuple[ExitStack, bool, bool]] = []
+        self._forwards: list[_Forward] = []
         self._names = list(inspect.signature(model.forward).parameters)
         inner = (module for module in model.modules() if module is not model)
         self._records_attentions = hf_compat.is_model(model) and not any(
@@ -81,23 +95,26 @@ class ModelDoor:
         Raises:
             ValueError: the ranks' arguments differ; on every rank.
         """
+        is_hf = hf_compat.is_model(model)
+        as_tuple = is_hf and not hf_compat.returns_dict(model, kwargs)
+        forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
+        self._forwards.append(forward)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        is_outermost = not _inside.get()
-        as_dict = True
-        stack = ExitStack()
-        self._forwards.append((stack, is_outermost, False))
-        if is_outermost:
-            token = _inside.set(True)
-            stack.callback(_inside.reset, token)
-            if self.check_batches and not _generating.get():
-                self.compare(given, training=model.training)
+        if forward.is_outermost:
+            self._enter_outermost(model, given, forward.contexts)
         if given.get("labels") is not None:
-            stack.enter_context(ShardedLoss())
-        if hf_compat.is_model(model):
-            as_dict = hf_compat.returns_dict(model, kwargs)
-            kwargs = {**kwargs, "return_dict": True}
-        self._forwards[-1] = stack, is_outermost, not as_dict
-        return args, kwargs
+            forward.contexts.enter_context(ShardedLoss())
+        return args, {**kwargs, "return_dict": True} if is_hf else kwargs
+
+    def _enter_outermost(
+        self, model: nn.Module, given: dict[str, Any], contexts: ExitStack
+    ) -> None:
+        contexts.callback(_inside.reset, _inside.set(True))
+        if self.check_batches and not _generating.get():
+            self.compare(given, training=model.training)
+        if model.training and is_initialized() and world().mesh["dp"].size() > 1:
+            self.fork.enter(world().mesh.get_local_rank("dp"))
+            contexts.callback(self.fork.leave)
 
     def compare(self, given: dict[str, Any], *, training: bool) -> None:
         """Raise on all ranks unless they are fed alike.
@@ -118,16 +135,16 @@ class ModelDoor:
 
     def close(self, model: nn.Module, _args: object, output: Any) -> Any:
         """Forward hook, run after an exception too: make outputs whole, leave the contexts."""
-        stack, is_outermost, as_tuple = self._forwards.pop()
-        stack.close()
+        forward = self._forwards.pop()
+        forward.contexts.close()
         if output is None:
             return None
         if hf_compat.is_model(model) and isinstance(output, dict):
             if self._records_attentions:
                 self._gather_attentions(model, output)
-            if is_outermost and not model.training:
+            if forward.is_outermost and not model.training:
                 _gather_logits(output)
-        return output.to_tuple() if as_tuple else output
+        return output.to_tuple() if forward.as_tuple else output
 
     def _gather_attentions(self, model: Any, output: dict[str, Any]) -> None:
         """Recorded attention weights `[batch, this rank's heads, queries, keys]` become whole."""
