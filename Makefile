@@ -26,7 +26,7 @@ bench: .venv/examples
 .venv/%: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]' --config-settings editable_mode=compat
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 clean:

@@ -170,9 +170,7 @@ def training_step(
     generator = torch.Generator().manual_seed(1)
 
     def step() -> float:
-        tokens = torch.randint(
-            args.vocabulary, (args.batch, args.sequence), generator=generator
-        )
+        tokens = torch.randint(args.vocabulary, (args.batch, args.sequence), generator=generator)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,7 +11,8 @@ So sizes and memory are real; equality across ranks is what the tests with real 
 
 The bound is counted from the configuration alone: whatever is cut may take the ceiling of its
 share, and what is not cut is whole on every rank. The command fails if a rank holds more than
-1.03 times that, or if the shards do not add up to the model. It needs about 3.5 GB (half with --dtype bfloat16) and a minute.
+1.03 times that, or if the shards do not add up to the model. It needs about 3.5 GB (half of that
+with --dtype bfloat16) and a minute.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from tensorpar import hf_compat
@@ -27,14 +28,15 @@ class _Construction:
         self._parents: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = (
             weakref.WeakKeyDictionary()
         )
-        self._annotated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # in order of construction, which is the same on all ranks
+        self._annotated: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 
     def attached(self, parent: nn.Module, options: Options) -> None:
         """A child has been assigned to `parent` under `options`."""
         if parent in self._annotated or find(type(parent)) is None:
             return
         if options.enabled:
-            self._annotated.add(parent)
+            self._annotated[parent] = None
         if options != self.options:
             mark(parent, options)
 
@@ -43,9 +45,14 @@ class _Construction:
         self._parents[child] = weakref.ref(parent)
 
     def finish(self) -> None:
-        """Cut what no Transformers constructor has finished: models of the user's own."""
-        for root in {self._root(module) for module in self._annotated}:
-            parallelize(root, options=self.options)
+        """Cut what no Transformers constructor has finished: models of the user's own.
+
+        A Transformers model that has not been finished is one whose constructor raised.
+        """
+        for root in dict.fromkeys(self._root(module) for module in self._annotated):
+            failed = hf_compat.is_model(root) and "_tensorpar_door" not in root.__dict__
+            if not failed and not all(isinstance(p, DTensor) for p in root.parameters()):
+                parallelize(root, options=self.options)
 
     def _root(self, module: nn.Module) -> nn.Module:
         while (reference := self._parents.get(module)) is not None:

@@ -46,7 +46,7 @@ def gathered_state_dict(
     """
     present = rendezvous(call, timeout)
     keep = not to_rank0 or present == 0
-    pairs = whole_tensors(model.state_dict(), keep=keep)
+    pairs = whole_tensors(model.state_dict(keep_vars=True), keep=keep)
     return {name: value for name, value in pairs if keep}
 
 
@@ -90,7 +90,7 @@ def load_full(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool =
         ValueError: all keys that are missing, unknown or of the wrong shape, with their shapes.
             The model is unchanged then.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     check_keys(own, state_dict, strict=strict)
     with torch.no_grad():
         for name in own.keys() & state_dict.keys():

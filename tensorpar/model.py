@@ -135,8 +135,14 @@ class DistributedModel(nn.Module):
         if layout == "hf":
             for _, from_hf in translate_functions(self.module):
                 state_dict = from_hf(state_dict)
-            state_dict = tensorpar_layout(self.module, state_dict)
+            state_dict = tensorpar_layout(self.module, self._renamed(state_dict))
         load_full(self.module, state_dict, strict=strict)
+
+    def _renamed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        from tensorpar.translators.files import renamed
+
+        own_names: Mapping[str, Any] = renamed(self.module, state_dict)
+        return own_names
 
     def _from_smdistributed(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         from tensorpar.translators import smdistributed_to_hf

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
-from tensorpar.collectives import all_gather
+from tensorpar.collectives import gather_region
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
 from tensorpar.partition import chunk_sizes
@@ -152,7 +152,7 @@ class ModelDoor:
         held = chunk_sizes(heads, self.mesh.size())[self.mesh.get_local_rank()]
         for name in ("attentions", "cross_attentions"):
             if recorded := output.get(name):
-                whole = (all_gather(a[:, :held], 1, heads, self.mesh) for a in recorded)
+                whole = (gather_region(a[:, :held], 1, heads, self.mesh) for a in recorded)
                 output[name] = tuple(whole)
 
 

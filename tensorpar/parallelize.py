@@ -34,7 +34,7 @@ from tensorpar.partition import chunk_bounds, chunk_sizes
 from tensorpar.registry import Plan, find
 from tensorpar.replace import replace_children
 from tensorpar.saving import bind
-from tensorpar.styles import Column, Layout, Row, Style
+from tensorpar.styles import Column, Layout, OwnParameter, Row, Style
 
 
 def parallelize(
@@ -97,28 +97,44 @@ class _Work:
     def apply(self, module: nn.Module, plan: Plan) -> None:
         """Cut the children that the plan names, shrink its counts, hang its doors."""
         children = _children(module, plan)
+        for name, style in plan.children.items():
+            if isinstance(style, OwnParameter):
+                self._cut_own(module, name, style)
         counts = {name: _axis_sizes(module, style) for name, (_, style) in children.items()}
         heads = next((sizes["h"] for sizes in counts.values() if "h" in sizes), None)
         for name, (child, style) in children.items():
-            self._convert(child, style, counts[name], enters=bool(plan.enter))
+            self._convert(child, style, counts[name], entered=bool(plan.enter or plan.mixin))
         for name in plan.divide:
             _divide(module, name, heads, self.mesh)
         if heads is not None:
             self._note_idle(type(module).__name__, heads)
-        if plan.enter:
+        if plan.mixin is not None:
+            mix_in(module, plan.mixin)
+            module.__dict__["mesh"] = self.mesh
+        if plan.enter or plan.mixin is not None:
             Door(module, plan.enter, self.mesh)
         module.__dict__["_tensorpar_plan"] = plan
 
+    def _cut_own(self, module: nn.Module, name: str, style: OwnParameter) -> None:
+        full = module._parameters.get(name)
+        if full is None:
+            raise AttributeError(f"{type(module).__name__} has no parameter {name} of its own")
+        layouts = {name: style.layouts[""]}
+        module.__dict__.update(layouts=layouts, axis_sizes={})
+        module._parameters[name] = self._cut_parameter(full, layouts[name], {})
+
     def _convert(
-        self, child: nn.Module, style: Style, sizes: Mapping[str, int], *, enters: bool
+        self, child: nn.Module, style: Style, sizes: Mapping[str, int], *, entered: bool
     ) -> None:
         mix_in(child, _mixin(style, child))
         held = child.__dict__
         held.update(mesh=self.mesh, layouts=style.layouts, axis_sizes=dict(sizes))
         if isinstance(style, Column | Row):
             held["heads_dim"] = style.layouts["weight"].shard_dim if style.heads else None
+        if isinstance(style, Row):
+            held["partial"] = style.partial
         if isinstance(style, Column):
-            held["copy_input"] = not enters
+            held["copy_input"] = not entered
         for name, full in child._parameters.items():
             if full is not None:
                 child._parameters[name] = self._cut_parameter(full, style.layouts[name], sizes)
@@ -183,8 +199,11 @@ class _Work:
 
 
 def _children(module: nn.Module, plan: Plan) -> dict[str, tuple[nn.Module, Style]]:
-    found, missing = {}, []
+    found: dict[str, tuple[nn.Module, Style]] = {}
+    missing = []
     for name, style in plan.children.items():
+        if isinstance(style, OwnParameter):
+            continue
         try:
             found[name] = module.get_submodule(name), style
         except AttributeError:

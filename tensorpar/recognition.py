@@ -11,9 +11,6 @@ from tensorpar.gathering import annotated
 
 LayoutName = Literal["hf", "tensorpar", "smdistributed"]
 
-#: parts of keys that only smdistributed's checkpoints have.
-_SMDISTRIBUTED = (".seq_layers.", "word_embedding.", ".attention.dense.")
-
 
 def recognise(model: nn.Module, state_dict: Mapping[str, Any]) -> LayoutName:
     """The layout of a full state dict of `model`, by its keys and the number of their dims.
@@ -21,7 +18,9 @@ def recognise(model: nn.Module, state_dict: Mapping[str, Any]) -> LayoutName:
     Hugging Face's layout and tensorpar's share all names; they differ where a plan takes axes
     apart. A dict without any such key is the same in both.
     """
-    if any(key.startswith(part) or part in key for key in state_dict for part in _SMDISTRIBUTED):
+    from tensorpar.translators.smdistributed import is_smdistributed
+
+    if is_smdistributed(state_dict):
         return "smdistributed"
     own = model.state_dict()
     for name, layout, _ in annotated(model):

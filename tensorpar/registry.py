@@ -24,6 +24,8 @@ class Plan:
         children: style by the child's name; dots lead into children of children.
         divide: integer attributes of the module that shrink to this rank's share.
         enter: forward arguments that pass the copy region at the module's door.
+        mixin: a class mixed in front of the module's own, whose forward it replaces: where the
+            maths must change. It enters the parallel region itself.
         at: where state dicts keep instances, as the end of the module path (`"h.*.attn"`), with
             the attributes that instances there have. What no module is at hand for, translation,
             reads these.
@@ -32,6 +34,7 @@ class Plan:
     children: Mapping[str, Style]
     divide: tuple[str, ...] = ()
     enter: tuple[str, ...] = ()
+    mixin: type | None = None
     at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -55,6 +58,7 @@ def register(
     *,
     divide: tuple[str, ...] = (),
     enter: tuple[str, ...] = (),
+    mixin: type | None = None,
     at: Mapping[str, Mapping[str, Any]] | None = None,
     **children: Style,
 ) -> None:
@@ -65,8 +69,10 @@ def register(
         divide: integer attributes its forward reads (head counts, split sizes) that must become
             this rank's share. In a plan with heads they are multiples of the head count.
         enter: names of forward arguments, the same on all ranks, that the column layers read.
+        mixin: a class whose forward replaces the module's own, where its maths must change.
         at: where a state dict keeps instances; only translation without a model needs it.
-        children: style by child name: `qkv=Column(blocks=3, heads="num_heads")`.
+        children: style by child name: `qkv=Column(blocks=3, heads="num_heads")`. A double
+            underscore stands for a dot: `output__dense=Row()`.
 
     Raises:
         ValueError: the class is registered already, or no child is named.
@@ -77,7 +83,8 @@ def register(
             raise TypeError(f"{name} = {style!r}, required: Column(), Row() or VocabParallel()")
     if not children:
         raise ValueError(f"{_name(module)}: no children, required: at least one child=Style()")
-    _add(module, Plan(children, divide, enter, at or {}))
+    named = {name.replace("__", "."): style for name, style in children.items()}
+    _add(module, Plan(named, divide, enter, mixin, at or {}))
 
 
 def tp_register_with_module(

@@ -67,7 +67,9 @@ def hf_state_dict(model: Any, *, keep: bool = True) -> dict[str, torch.Tensor]:
     Collective. Ranks with `keep=False` only take part and get an empty dict.
     """
     tied = hf_compat.tied_names(model)
-    own = {name: value for name, value in model.state_dict().items() if name not in tied}
+    own = {
+        name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied
+    }
     gathered = {name: value for name, value in whole_tensors(own, keep=keep) if keep}
     out = {name: value.contiguous() for name, value in hf_layout(model, gathered).items()}
     for to_hf, _ in translate_functions(model) if keep else ():

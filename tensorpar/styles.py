@@ -83,11 +83,13 @@ class Row:
         heads: as for `Column`.
         stored: `"io"` for Hugging Face's Conv1D.
         optional: the child may be absent.
+        partial: leave the sum over ranks to the annotated module, which has a `mixin` for it.
     """
 
     heads: str | None = None
     stored: Stored = "oi"
     optional: bool = False
+    partial: bool = False
     blocks: Count = 1
 
     @property
@@ -117,4 +119,27 @@ class VocabParallel:
         return {"weight": layout("v i -> v i", "v"), "bias": layout("v -> v", "v")}
 
 
-Style = Column | Row | VocabParallel
+@dataclass(frozen=True)
+class OwnParameter:
+    """Not a child but a parameter of the annotated module itself, sharded.
+
+    Its module's forward must not read it whole; it is for parameters tied to a sharded child's.
+
+    Args:
+        pattern: from Hugging Face's axes to ours.
+        cut: the name of the sharded axis.
+    """
+
+    pattern: str
+    cut: str
+    optional: bool = False
+    heads: str | None = None
+    blocks: Count = 1
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """One layout, under the empty name: there is no parameter below this one."""
+        return {"": layout(self.pattern, self.cut)}
+
+
+Style = Column | Row | VocabParallel | OwnParameter

@@ -17,4 +17,5 @@ def refuse(what: str, problems: Sequence[str]) -> None:
     """
     distinct = list(dict.fromkeys(problems))
     if distinct:
-        raise ValueError(f"{what}, {len(distinct)} problems: {'; '.join(distinct)}")
+        plural = "s" if len(distinct) > 1 else ""
+        raise ValueError(f"{what}, {len(distinct)} problem{plural}: {'; '.join(distinct)}")

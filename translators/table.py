@@ -134,18 +134,18 @@ class Table:
             tied={},
         )
 
-    def layers_only(self, smd: str, hf: str) -> Table:
+    def layers_only(self) -> Table:
         """The table of models of which only the layers were distributed.
 
-        Args:
-            smd: what smdistributed's keys of a layer begin with, up to the layer's number.
-            hf: what replaces it: such models keep Hugging Face's containers.
+        Such a model keeps Hugging Face's containers, and all that is not in a layer.
         """
+        smd, hf = self._layers("smd"), self._layers("hf")
 
         def layer_rules(group: Iterable[Rule]) -> tuple[Rule, ...]:
-            layered = (one for one in group if "{i}" in one.hf)
             return tuple(
-                one.renamed(one.hf, (key.replace(smd, hf) for key in one.smd)) for one in layered
+                one.renamed(one.hf, (key.replace(smd, hf) for key in one.smd))
+                for one in group
+                if "{i}" in one.hf
             )
 
         groups = (layer_rules(group) for group in self.extras)
@@ -161,10 +161,13 @@ class Table:
 
     def layer_numbers(self, keys: Iterable[str], side: Side) -> set[int]:
         """The layers that `keys` belong to."""
-        templates = {key for one in self.rules for key in one.keys(side) if "{i}" in key}
-        containers = {re.escape(template.split("{i}")[0]) for template in templates}
-        layer = re.compile(rf"(?:{'|'.join(containers)})(\d+)\.")
+        layer = re.compile(rf"{re.escape(self._layers(side))}(\d+)\.")
         return {int(found[1]) for key in keys if (found := layer.match(key))}
+
+    def _layers(self, side: Side) -> str:
+        """What the keys of all layers begin with, up to the layer's number."""
+        keys = (key for one in self.rules for key in one.keys(side) if "{i}" in key)
+        return next(keys).partition("{i}")[0]
 
 
 def filled(rules: Iterable[Rule], num_layers: int) -> Iterator[Rule]:

@@ -22,9 +22,7 @@ Restore = Callable[[StateDict], dict[str, Any]]
 MARKERS = ("_smp_is_partial", "_smp_load_info")
 
 
-def opened(
-    state_dict: Mapping[str, Any], *, dtensors: bool = True
-) -> tuple[StateDict, Restore]:
+def opened(state_dict: Mapping[str, Any], *, dtensors: bool = True) -> tuple[StateDict, Restore]:
     """The tensors of a state dict, and the way back to what it was made of.
 
     Args:
@@ -64,7 +62,8 @@ def bit_identical(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # one element counts as contiguous whatever its stride, which a view of bytes refuses
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _plain(value: Any, *, dtensors: bool) -> torch.Tensor:
@@ -94,7 +93,7 @@ def _whole(value: DTensor, *, allowed: bool) -> torch.Tensor:
             f"a DTensor {value.placements} of which this rank holds a part, required: all of it; "
             "take DistributedModel.state_dict, which gathers"
         )
-    return value.detach().to_local()
+    return value.to_local().detach()
 
 
 def _to_numpy(tensors: StateDict) -> dict[str, Any]:

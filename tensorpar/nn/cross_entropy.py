@@ -1,10 +1,11 @@
 """Cross entropy on logits whose vocabulary is sharded: the logits are never gathered.
 
-    x_NV  this rank's logits (V = vocabulary / n)      t_N  targets, the same on all ranks
-    max_N = all_reduce_max(max_V x)
-    [sum_N, pick_N] = all_reduce([sum_V exp(x - max), x[t] - max  where t is here, else 0])
+    x_NV   this rank's logits (V = vocabulary / n)      t_N  targets, the same on all ranks
+    lse_N  = log sum_V exp(x)                           (local)
+    max_N  = all_reduce_max(lse)
+    [sum_N, pick_N] = all_reduce([exp(lse - max),  x[t] - max  where t is here, else 0])
     loss_N = log(sum_N) - pick_N
-    dgrad   dx_NV = (exp(x - max - log sum) - onehot(t)) * dloss_N          (no communication)
+    dgrad    dx_NV = (softmax_V(x) * exp(lse - max - log sum) - onehot(t)) * dloss_N    (local)
 
 Two small all-reduces forward, none backward (Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
@@ -26,34 +27,43 @@ from tensorpar.collectives import all_reduce
 from tensorpar.parameters import shard_dim
 from tensorpar.partition import chunk_bounds
 
+#: a block of this many logits is reduced at a time.
+_BLOCK_ELEMENTS = 1 << 19
+
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_NV: torch.Tensor, target_N: torch.Tensor, start: int, mesh: DeviceMesh
     ) -> torch.Tensor:
-        empty = x_NV.shape[1] == 0
-        highest_N = x_NV.new_full(x_NV.shape[:1], -torch.inf) if empty else x_NV.amax(1)
-        highest_N = all_reduce(highest_N, mesh, dist.ReduceOp.MAX)
+        lse_N = _log_sum_exp(x_NV)
+        max_N = all_reduce(lse_N, mesh, dist.ReduceOp.MAX)
         here_N = (target_N >= start) & (target_N < start + x_NV.shape[1])
         column_N = (target_N - start).masked_fill(~here_N, 0)
-        sums_2N = x_NV.new_zeros(2, x_NV.shape[0])
-        if not empty:
-            sums_2N[0] = (x_NV - highest_N[:, None]).exp_().sum(1)
-            picked_N = x_NV.gather(1, column_N[:, None])[:, 0] - highest_N
+        sums_2N = torch.stack([torch.exp(lse_N - max_N), torch.zeros_like(lse_N)])
+        if x_NV.shape[1]:
+            picked_N = x_NV.gather(1, column_N[:, None])[:, 0] - max_N
             sums_2N[1] = picked_N.masked_fill(~here_N, 0.0)
         sum_N, picked_N = all_reduce(sums_2N, mesh)
-        log_sum_N = sum_N.log_()
-        ctx.save_for_backward(x_NV, highest_N + log_sum_N, column_N, here_N)
+        log_sum_N = sum_N.log()
+        ctx.save_for_backward(x_NV, lse_N - max_N - log_sum_N, column_N, here_N)
         return log_sum_N - picked_N
 
     @staticmethod
     def backward(ctx: Any, dloss_N: torch.Tensor) -> Any:
-        x_NV, log_normaliser_N, column_N, here_N = ctx.saved_tensors
-        dx_NV = (x_NV - log_normaliser_N[:, None]).exp_()
+        x_NV, log_share_N, column_N, here_N = ctx.saved_tensors
+        dx_NV = torch.softmax(x_NV, 1).mul_((log_share_N.exp() * dloss_N)[:, None])
         if x_NV.shape[1]:
-            dx_NV.scatter_add_(1, column_N[:, None], -here_N[:, None].to(dx_NV.dtype))
-        return dx_NV.mul_(dloss_N[:, None]), None, None, None
+            dx_NV.scatter_add_(1, column_N[:, None], (-dloss_N * here_N)[:, None])
+        return dx_NV, None, None, None
+
+
+def _log_sum_exp(x_NV: torch.Tensor) -> torch.Tensor:
+    """`x_NV.logsumexp(1)`; -inf without columns. In row blocks, whose temporaries stay in cache."""
+    if x_NV.shape[1] == 0:
+        return x_NV.new_full(x_NV.shape[:1], -torch.inf)
+    rows = max(1, _BLOCK_ELEMENTS // x_NV.shape[1])
+    return torch.cat([block.logsumexp(1) for block in x_NV.split(rows)])
 
 
 def vocab_parallel_cross_entropy(

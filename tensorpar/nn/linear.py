@@ -83,18 +83,38 @@ class RowParallel:
         weight: `[out, ...]`, DTensor sharded on one of the trailing dims.
         bias: `[out]`, replicated, added after the sum; or None.
         heads_dim: the dim of the weight that counts attention heads, if one does.
+        partial: return this rank's term of the sum, and leave the sum to the caller.
     """
 
     mesh: DeviceMesh
     weight: torch.Tensor
     bias: Any
     heads_dim: int | None = None
+    partial: bool = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., this rank's features]` to `[..., out]`, the same on all ranks."""
+        """`[..., this rank's features]` to `[..., out]`, the same on all ranks unless partial."""
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
+        if self.partial:
+            bias = None if self.bias is None else _OnFirstRank.apply(local(self.bias), self.mesh)
+            return F.linear(input, weight, bias)
         output = reduce_region(F.linear(input, weight), self.mesh)
         return output if self.bias is None else output + local(self.bias)
+
+
+class _OnFirstRank(torch.autograd.Function):
+    """A replicated tensor as a term of a sum over ranks: itself on the first, zeros elsewhere.
+
+    The gradient of the sum is the same on all ranks, and so is that of the tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:  # noqa: ARG004
+        return x.clone() if mesh.get_local_rank() == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
+        return grad, None
 
 
 @mixture

@@ -49,6 +49,7 @@ class Case:
         inputs: forward arguments beyond those that `batch` makes for the class.
         labels: whether the arguments from which the model computes its loss are passed.
         checkpointing: whether activations are recomputed in backward.
+        dtype: of the model.
     """
 
     head: str = "GPT2LMHeadModel"
@@ -56,6 +57,7 @@ class Case:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     labels: bool = True
     checkpointing: bool = False
+    dtype: torch.dtype = torch.float64
 
     def but(self, **changes: Any) -> Case:
         """The same case with some fields changed."""
@@ -63,13 +65,14 @@ class Case:
 
 
 @contextmanager
-def float64() -> Iterator[None]:
-    """Within: float64 is torch's default dtype."""
-    torch.set_default_dtype(torch.float64)
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within: `dtype` is torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)
 
 
 def config(case: Case) -> Any:
@@ -78,12 +81,12 @@ def config(case: Case) -> Any:
 
 
 def build(case: Case, *, parallel: bool, seed: int = 0) -> Any:
-    """The model with the values that Transformers' initialiser gives it, in float64."""
+    """The model with the values that Transformers' initialiser gives it."""
     torch.manual_seed(seed)
-    with float64(), tensorpar.tensor_parallelism() if parallel else nullcontext():
+    with default_dtype(case.dtype), tensorpar.tensor_parallelism() if parallel else nullcontext():
         model = getattr(transformers, case.head)(config(case))
     if case.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 
@@ -93,7 +96,7 @@ def perturbed(case: Case, *, parallel: bool) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in reference.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=case.dtype)
             parameter.add_(noise, alpha=0.1)
     if not parallel:
         return reference
@@ -125,20 +128,23 @@ def batch(case: Case) -> dict[str, Any]:
     given = {"input_ids": ids, **(loss_arguments[case.head] if case.labels else {})}
     if "Double" in case.head:
         given["mc_token_ids"] = torch.tensor([[6, 5], [6, 6], [3, 6]])
-    return {**given, **case.inputs}
+    extra = {name: x.clone() if torch.is_tensor(x) else x for name, x in case.inputs.items()}
+    return {**given, **extra}
 
 
 def loss_of(case: Case, output: Any) -> torch.Tensor:
     """The model's loss; without labels one that this test computes in float64."""
-    if isinstance(output, tuple):
-        return output[0]
     if case.labels and case.head != "GPT2Model":
+        if isinstance(output, tuple):
+            return output[0]
         return sum(output[name] for name in ("loss", "mc_loss") if name in output)
     values = list(tensors_of(output).values())
     if case.head == "GPT2LMHeadModel":
         kept = output.logits[:, :-1].flatten(0, 1)
         return nn.functional.cross_entropy(kept, torch.arange(kept.shape[0]) % 97)
-    return sum((value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum() for value in values)
+    return sum(
+        (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum() for value in values
+    )
 
 
 def tensors_of(output: Any, prefix: str = "") -> Tensors:
@@ -165,15 +171,13 @@ def weights_of(model: nn.Module) -> Tensors:
 
 def gradients_of(model: nn.Module) -> Tensors:
     """All gradients in Hugging Face's layout."""
-    return hf_tensors(model, {name: p.grad for name, p in model.named_parameters()})
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return hf_tensors(model, found)
 
 
-def detached(tensors: Mapping[str, Any], prefix: str) -> Tensors:
-    """Copies that can travel, under a prefix; a missing gradient becomes an empty tensor."""
-    return {
-        f"{prefix}/{name}": torch.empty(0) if value is None else value.detach().clone()
-        for name, value in tensors.items()
-    }
+def detached(tensors: Tensors, prefix: str) -> Tensors:
+    """Copies that can travel, under a prefix."""
+    return {f"{prefix}/{name}": value.detach().clone() for name, value in tensors.items()}
 
 
 def require_equal_ranks(results: list[Tensors]) -> None:

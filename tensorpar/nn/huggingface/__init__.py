@@ -1,0 +1,1 @@
+"""The path under which scripts written for smdistributed import the translate functions."""

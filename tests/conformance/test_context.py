@@ -1,0 +1,318 @@
+"""Which models become parallel: contexts, nesting, threads, subclasses, finished models, copies."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+import tensorpar
+from tensorpar.nn.linear import ColumnParallel
+from tests.conformance.gpt2 import (
+    Case,
+    Tensors,
+    batch,
+    build,
+    config,
+    detached,
+    perturbed,
+    require_close,
+    require_equal_ranks,
+    tensors_of,
+    weights_of,
+)
+
+BASE = Case("GPT2Model")
+PLAIN = Case(labels=False)
+
+
+class Mine(transformers.GPT2LMHeadModel):
+    """A user's subclass, with a forward and a layer of its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.own = nn.Linear(config.n_embd, 3)
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, and what its own layer makes of the hidden states."""
+        output = super().forward(*args, **kwargs, output_hidden_states=True)
+        output["extra"] = self.own(output.hidden_states[-1])
+        return output
+
+
+class Failing(transformers.GPT2LMHeadModel):
+    """A model whose constructor raises when all its layers exist."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        raise ArithmeticError("on purpose")
+
+
+class HalfBuilt(transformers.GPT2LMHeadModel):
+    """A model whose constructor raises before a layer that its plan requires exists."""
+
+    def __init__(self, config: Any) -> None:
+        transformers.PreTrainedModel.__init__(self, config)
+        self.transformer = transformers.GPT2Model(config)
+        raise ArithmeticError("on purpose")
+
+
+class Discarded(nn.Module):
+    """A user's module whose constructor raises when its registered child exists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = transformers.GPT2Model(config(BASE))
+        raise ArithmeticError("on purpose")
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether every parameter is a DTensor, and a class with a plan has parallel layers."""
+    kinds = {isinstance(p, DTensor) for p in model.parameters()}
+    columns = {isinstance(m, ColumnParallel) for m in model.modules() if isinstance(m, Conv1D)}
+    assert len(kinds) == 1
+    assert columns in ({False}, {True, False})
+    assert kinds == {True in columns}
+    return kinds.pop()
+
+
+def outputs(model: Any, case: Case) -> Tensors:
+    """What the model computes in eval mode."""
+    with torch.no_grad():
+        return detached(tensors_of(model.eval()(**batch(case))), "eval")
+
+
+def many_models() -> dict[str, bool]:
+    """Which of several models are parallel, each used before the context closes."""
+    outside = transformers.GPT2Model(config(BASE))
+    found = {}
+    with tensorpar.tensor_parallelism():
+        first = transformers.GPT2Model(config(BASE))
+        outputs(first, BASE)
+        second = Mine(config(Case()))
+        outputs(second, Case())
+        found["exclusive"] = not is_parallel(outside)
+        with tensorpar.tensor_parallelism(enabled=False):
+            inner_off = transformers.GPT2Model(config(BASE))
+            with tensorpar.tensor_parallelism():
+                innermost_on = transformers.GPT2Model(config(BASE))
+        third = transformers.GPT2Model(config(BASE))
+    later = transformers.GPT2Model(config(BASE))
+    found |= {"first": is_parallel(first), "second": is_parallel(second)}
+    found |= {"inner off": not is_parallel(inner_off), "innermost": is_parallel(innermost_on)}
+    found |= {"third": is_parallel(third), "later": not is_parallel(later)}
+    found["class untouched"] = type(later.h[0].attn.c_attn) is Conv1D
+    found["class kept"] = type(second) is Mine and type(first) is transformers.GPT2Model
+    return found
+
+
+def hooks() -> tuple[Any, ...]:
+    """What a context changes in torch and Transformers while it is open."""
+    cls = transformers.PreTrainedModel
+    return (
+        len(torch_module._global_module_registration_hooks),
+        cls.post_init,
+        cls.__dict__["from_pretrained"].__func__,
+        cls.save_pretrained,
+        transformers.GPT2LMHeadModel.forward,
+    )
+
+
+def test_each_model_is_parallel_when_its_constructor_returns(ranks):
+    """Many models in one context work at once; nesting, and what is outside, decide as written."""
+    for found in ranks(2).run(many_models):
+        assert all(found.values()), found
+
+
+def leave_by_exceptions() -> dict[str, bool]:
+    """What is left after constructors, and the context's body, have raised."""
+    before = hooks()
+    found = {}
+    kept_alive = []
+    with tensorpar.tensor_parallelism():
+        for cls in (Failing, HalfBuilt):
+            with pytest.raises(ArithmeticError) as raised:
+                cls(config(Case()))
+            kept_alive.append(raised)
+        with pytest.raises(ArithmeticError) as raised:
+            Discarded()
+        with pytest.raises(ValueError, match="embed_dim"):
+            transformers.GPT2LMHeadModel(config(Case(config={"n_head": 3})))
+        found["next model"] = is_parallel(good := transformers.GPT2LMHeadModel(config(Case())))
+        outputs(good, Case())
+    found["kept alive"] = len(kept_alive) == 2 and raised.value is not None
+    with pytest.raises(ArithmeticError), tensorpar.tensor_parallelism():
+        found["changed within"] = hooks() != before
+        raise ArithmeticError
+    found["restored"] = hooks() == before
+    found["plain again"] = not is_parallel(transformers.GPT2Model(config(BASE)))
+    return found
+
+
+def test_exceptions_leave_nothing_behind(ranks):
+    """A constructor that raises leaves the next model fine, and no hook survives the context."""
+    for found in ranks(2).run(leave_by_exceptions):
+        assert all(found.values()), found
+
+
+def in_two_threads() -> dict[str, bool]:
+    """A model built by another thread while this one's context is open."""
+    built: dict[str, Any] = {}
+
+    def build_elsewhere() -> None:
+        built["other"] = transformers.GPT2LMHeadModel(config(Case()))
+
+    with tensorpar.tensor_parallelism():
+        thread = threading.Thread(target=build_elsewhere)
+        thread.start()
+        thread.join()
+        built["own"] = transformers.GPT2LMHeadModel(config(Case()))
+    return {name: is_parallel(model) for name, model in built.items()}
+
+
+def test_another_threads_model_is_left_alone(ranks):
+    """The context belongs to the thread that opened it."""
+    assert ranks(2).run(in_two_threads) == [{"other": False, "own": True}] * 2
+
+
+def finished(how: str, parallel: bool) -> Tensors:
+    """Outputs and weights of a model that was made parallel after it got its weights."""
+    model = perturbed(Case(), parallel=False)
+    if parallel and how == "parallelize":
+        assert tensorpar.parallelize(model) is model
+        tensorpar.parallelize(model)  # a second time changes nothing
+    elif parallel:
+        tensorpar.set_tensor_parallelism(model)
+        model = tensorpar.DistributedModel(model).get_module()
+    assert is_parallel(model) == parallel
+    return outputs(model, PLAIN) | detached(weights_of(model), "weight")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("how", ["parallelize", "mark"])
+def test_a_finished_model_keeps_its_weights(ranks, how, size):
+    """`parallelize`, or a mark carried out by `DistributedModel`, changes where weights live."""
+    results = ranks(size).run(finished, how, True)
+    require_equal_ranks(results)
+    require_close(results[0], finished(how, False), 1e-10 if size > 1 else 1e-12)
+
+
+def marked_in_part() -> list[bool]:
+    """Whether each block's attention is sharded, when one block is marked off."""
+    model = build(Case(), parallel=False)
+    tensorpar.set_tensor_parallelism(model)
+    tensorpar.set_tensor_parallelism(model.transformer.h[1], enabled=False)
+    wrapped = tensorpar.DistributedModel(model)
+    reference = build(Case(), parallel=False)
+    require_close(outputs(wrapped.module, PLAIN), outputs(reference, PLAIN), 1e-10)
+    return [isinstance(block.attn.c_attn, ColumnParallel) for block in model.transformer.h]
+
+
+def test_a_mark_further_inside_wins(ranks):
+    """A block that is marked off stays whole, replicated, and the model computes the same."""
+    assert ranks(2).run(marked_in_part) == [[True, False]] * 2
+
+
+def unmarked() -> tuple[bool, bool]:
+    """How `DistributedModel` takes a model that nobody marked."""
+    wrapped = tensorpar.DistributedModel(build(Case(), parallel=False))
+    parameters = list(wrapped.parameters())
+    reference = build(Case(), parallel=False)
+    require_close(outputs(wrapped.module, PLAIN), outputs(reference, PLAIN), 1e-10)
+    return (
+        all(isinstance(p, DTensor) for p in parameters),
+        any(wrapped.is_distributed_parameter(p) for p in parameters),
+    )
+
+
+def test_an_unmarked_model_is_replicated(ranks):
+    """Without context or mark every parameter is a replicated DTensor."""
+    assert ranks(2).run(unmarked) == [(True, False)] * 2
+
+
+def subclass(parallel: bool) -> Tensors:
+    """Outputs of a user's subclass of a Transformers model."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    with tensorpar.tensor_parallelism(enabled=parallel) if parallel else _nothing():
+        model = Mine(config(PLAIN))
+    torch.set_default_dtype(torch.float32)
+    assert is_parallel(model) == parallel
+    return outputs(model, PLAIN) | detached(weights_of(model), "weight")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_subclass_is_parallel_by_its_parents_plan(ranks, size):
+    """A user's subclass with its own layers and forward is found along the MRO."""
+    results = ranks(size).run(subclass, True)
+    require_equal_ranks(results)
+    require_close(results[0], subclass(False), 1e-10)
+
+
+def deep_copied() -> dict[str, bool]:
+    """A copy of a parallel model beside its original, after a step of the copy only."""
+    model = perturbed(Case(), parallel=True)
+    twin = copy.deepcopy(model)
+    found = {
+        "tied": twin.lm_head.weight is twin.transformer.wte.weight,
+        "own": twin.lm_head.weight is not model.lm_head.weight,
+        "bound to itself": twin.save_pretrained.__self__ is twin,
+    }
+    before, copied = outputs(model, PLAIN), outputs(twin, PLAIN)
+    found["equal"] = all(torch.equal(copied[name], x) for name, x in before.items())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin.train()(**batch(Case())).loss.backward()
+    optimizer.step()
+    after, stepped = outputs(model, PLAIN), outputs(twin, PLAIN)
+    found["original unmoved"] = all(torch.equal(after[name], x) for name, x in before.items())
+    found["copy moved"] = not any(torch.equal(stepped[name], x) for name, x in before.items())
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    prompt = batch(PLAIN)["input_ids"][:, :4]
+    found["generates"] = not torch.equal(
+        model.generate(prompt, **greedy), torch.zeros(3, 7, dtype=torch.int64)
+    )
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_deep_copy_is_a_parallel_model_of_its_own(ranks, size):
+    """`copy.deepcopy` keeps the tie, computes the same, and shares nothing with the original."""
+    for found in ranks(size).run(deep_copied):
+        assert all(found.values()), found
+
+
+def moved(dtype: torch.dtype) -> dict[str, bool]:
+    """A parallel model after `.to(dtype)`."""
+    model = build(Case(), parallel=True).to(dtype)
+    loss = model.train()(**batch(Case())).loss
+    loss.backward()
+    return {
+        "dtype": {p.dtype for p in model.parameters()} == {dtype},
+        "gradient": {p.grad.dtype for p in model.parameters()} == {dtype},
+        "parallel": is_parallel(model),
+        "tied": model.lm_head.weight is model.transformer.wte.weight,
+        "finite": bool(loss.isfinite()),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parallel_model_changes_its_dtype(ranks, dtype):
+    """`model.to(dtype)` keeps parameters DTensors, tied and trainable."""
+    for found in ranks(4).run(moved, dtype):
+        assert all(found.values()), found

@@ -1,0 +1,70 @@
+"""A Hugging Face folder's weights: shapes at once, values only where they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+#: a tensor on disk (safetensors' slice handle) or, after a user's own translation, in memory.
+Source = Any
+
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@contextmanager
+def opened_folder(path: str | PathLike[str]) -> Iterator[dict[str, Source]]:
+    """Within: every key of a folder, or of one file, with a handle that reads slices of it.
+
+    Args:
+        path: a folder with `model.safetensors` or an index of many files, or such a file itself.
+
+    Raises:
+        ValueError: there is no such file, one of the index is missing, or one is truncated.
+    """
+    with ExitStack() as stack:
+        handles: dict[str, Source] = {}
+        for file in _files(Path(path)):
+            try:
+                reader = stack.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{file} cannot be read ({error}), required: a whole safetensors file; fetch "
+                    "it again"
+                ) from None
+            handles |= {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118
+        yield handles
+
+
+def shape_of(source: Source) -> tuple[int, ...]:
+    """The shape of a tensor, on disk or in memory; nothing is read."""
+    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return _indexed(path) if path.suffix == ".json" else [path]
+    if (path / _ONE).is_file():
+        return [path / _ONE]
+    if (path / _INDEX).is_file():
+        return _indexed(path / _INDEX)
+    raise ValueError(
+        f"path = {str(path)!r}, required: a folder with {_ONE} or {_INDEX}; other formats are "
+        "rewritten by Transformers: from_pretrained, then save_pretrained"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from None
+    if strange := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {strange}, required: files of its own folder")
+    return [index.parent / name for name in names]
