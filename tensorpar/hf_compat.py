@@ -131,6 +131,12 @@ def tied_names(model: Any) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def records_attentions(model: Any, given: dict[str, Any]) -> bool:
+    """Whether this forward call asks for attention weights."""
+    asked = given.get("output_attentions")
+    return bool(model.config.output_attentions if asked is None else asked)
+
+
 def returns_dict(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this forward call asks for a `ModelOutput` rather than a tuple."""
     asked = kwargs.get("return_dict")

@@ -27,6 +27,7 @@ from tensorpar.agreement import checksum, require_agreement
 from tensorpar.collectives import gather_region
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
+from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 
@@ -104,6 +105,8 @@ class ModelDoor:
             self._enter_outermost(model, given, forward.contexts)
         if given.get("labels") is not None:
             forward.contexts.enter_context(ShardedLoss())
+        if is_hf and hf_compat.records_attentions(model, given):
+            forward.contexts.enter_context(recording_attentions())
         return args, {**kwargs, "return_dict": True} if is_hf else kwargs
 
     def _enter_outermost(

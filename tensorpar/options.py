@@ -17,11 +17,14 @@ class Options:
         check_batches: compare before each forward that tensor-parallel ranks are fed alike.
         delayed_parameter_initialization: parameters are born on the meta device and each rank
             fills only its own shard: the same distribution, not the same values, as without.
+        fused_attention: use `scaled_dot_product_attention` where a Transformers class has no such
+            path of its own (GPT-J, GPT-Neo).
     """
 
     enabled: bool = True
     check_batches: bool = True
     delayed_parameter_initialization: bool = False
+    fused_attention: bool = True
 
     @classmethod
     def of(cls, enabled: bool, given: dict[str, Any], **defaults: Any) -> Options:

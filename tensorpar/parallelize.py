@@ -67,6 +67,8 @@ def parallelize(
         plan = find(type(module))
         if own.enabled and isinstance(plan, Plan) and "_tensorpar_plan" not in module.__dict__:
             work.apply(module, plan)
+            if plan.fused is not None and own.fused_attention:
+                mix_in(module, plan.fused)
     for module in chosen:
         work.replicate(module)
         for name, buffer in module._buffers.items():
@@ -111,7 +113,7 @@ class _Work:
         if plan.mixin is not None:
             mix_in(module, plan.mixin)
             module.__dict__["mesh"] = self.mesh
-        if plan.enter or plan.mixin is not None:
+        if plan.enter or (plan.mixin is not None and plan.children):
             Door(module, plan.enter, self.mesh)
         module.__dict__["_tensorpar_plan"] = plan
 

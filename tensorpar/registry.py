@@ -26,6 +26,7 @@ class Plan:
         enter: forward arguments that pass the copy region at the module's door.
         mixin: a class mixed in front of the module's own, whose forward it replaces: where the
             maths must change. It enters the parallel region itself.
+        fused: a class mixed in front whose attention is fused, unless that is switched off.
         at: where state dicts keep instances, as the end of the module path (`"h.*.attn"`), with
             the attributes that instances there have. What no module is at hand for, translation,
             reads these.
@@ -35,6 +36,7 @@ class Plan:
     divide: tuple[str, ...] = ()
     enter: tuple[str, ...] = ()
     mixin: type | None = None
+    fused: type | None = None
     at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -59,6 +61,7 @@ def register(
     divide: tuple[str, ...] = (),
     enter: tuple[str, ...] = (),
     mixin: type | None = None,
+    fused: type | None = None,
     at: Mapping[str, Mapping[str, Any]] | None = None,
     **children: Style,
 ) -> None:
@@ -70,6 +73,7 @@ def register(
             this rank's share. In a plan with heads they are multiples of the head count.
         enter: names of forward arguments, the same on all ranks, that the column layers read.
         mixin: a class whose forward replaces the module's own, where its maths must change.
+        fused: a class whose attention maths does, unless `fused_attention=False`.
         at: where a state dict keeps instances; only translation without a model needs it.
         children: style by child name: `qkv=Column(blocks=3, heads="num_heads")`. A double
             underscore stands for a dot: `output__dense=Row()`.
@@ -81,10 +85,10 @@ def register(
     for name, style in children.items():
         if not isinstance(style, Style):
             raise TypeError(f"{name} = {style!r}, required: Column(), Row() or VocabParallel()")
-    if not children:
+    if not children and fused is None:
         raise ValueError(f"{_name(module)}: no children, required: at least one child=Style()")
     named = {name.replace("__", "."): style for name, style in children.items()}
-    _add(module, Plan(named, divide, enter, mixin, at or {}))
+    _add(module, Plan(named, divide, enter, mixin, fused, at or {}))
 
 
 def tp_register_with_module(

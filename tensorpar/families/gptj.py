@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.collectives import copy_region, reduce_region
+from tensorpar.nn.fused import FusedAttention
 from tensorpar.registry import register
 from tensorpar.styles import Column, Row, VocabParallel
 
@@ -48,6 +49,7 @@ class ParallelBranches:
         return branches + hidden_states, weights
 
 
+register(f"{MODULE}.GPTJAttention", fused=FusedAttention)
 HEADS = "attn.num_attention_heads"
 register(
     f"{MODULE}.GPTJBlock",

@@ -1,0 +1,98 @@
+"""Fused attention for models whose Transformers class computes its scores in the open.
+
+Only the maths between the projections changes: `scaled_dot_product_attention` in place of two
+products around a softmax, so that no `[batch, heads, queries, keys]` scores are ever allocated.
+When a forward records attention weights, which a fused kernel does not have, the model's own
+maths runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_recording: ContextVar[bool] = ContextVar("recording_attentions", default=False)
+
+
+@contextmanager
+def recording_attentions() -> Iterator[None]:
+    """Within: attention weights are wanted, so nothing is fused."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+class FusedAttention:
+    """Mixed into an attention class with Transformers' older `_attn` method.
+
+    Attributes:
+        head_dim: size of a head.
+        attn_dropout: the dropout on attention weights.
+        is_scaled: whether scores are divided by the root of the head size.
+    """
+
+    head_dim: int
+    attn_dropout: nn.Dropout
+    training: bool
+    is_scaled = True
+
+    def _attn(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All `[batch, heads, sequence, head_dim]`; the mask is additive. No weights returned."""
+        mask, hides_a_query = self._prepared(attention_mask, query.shape[-2], key.shape[-2])
+        if _recording.get() or hides_a_query:
+            return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value.to(query.dtype),
+            attn_mask=mask,
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            scale=self.head_dim**-0.5 if self.is_scaled else 1.0,
+        )
+        return output.to(value.dtype), None
+
+    def _prepared(
+        self, attention_mask: torch.Tensor | None, num_queries: int, num_keys: int
+    ) -> tuple[torch.Tensor | None, bool]:
+        """The kernel's mask, and whether it hides every key from some query.
+
+        Such queries are padding; the kernels' backward is wrong for them, and the model's own
+        maths is not. Worked out once per forward: layers of a kind share the model's mask.
+        """
+        if attention_mask is None:
+            return self.combined_mask(None, num_queries, num_keys), False
+        cache = attention_mask.__dict__.setdefault("_tensorpar_prepared", {})
+        if self.mask_kind not in cache:
+            mask = self.combined_mask(attention_mask, num_queries, num_keys)
+            lowest = torch.finfo(attention_mask.dtype).min
+            hides = mask is not None and bool((mask.amax(-1) <= lowest).any())
+            cache[self.mask_kind] = mask, hides
+        prepared: tuple[torch.Tensor | None, bool] = cache[self.mask_kind]
+        return prepared
+
+    @property
+    def mask_kind(self) -> str:
+        """Layers with the same kind get the same mask from `combined_mask`."""
+        return ""
+
+    def combined_mask(
+        self, attention_mask: torch.Tensor | None, num_queries: int, num_keys: int
+    ) -> torch.Tensor | None:
+        """The mask of the kernel; here that which the model made, causal and padding in one."""
+        del num_queries, num_keys
+        return attention_mask
