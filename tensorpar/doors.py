@@ -19,6 +19,17 @@ from tensorpar.nn.linear import RowParallel
 from tensorpar.random import Fork
 
 
+def check_arguments(module: nn.Module, enter: tuple[str, ...]) -> list[str]:
+    """The names of the forward's arguments; AttributeError unless `enter` is among them."""
+    names = list(inspect.signature(module.forward).parameters)
+    if missing := [name for name in enter if name not in names]:
+        raise AttributeError(
+            f"enter = {missing} of {type(module).__name__}, required: arguments of its forward, "
+            f"which has {names}"
+        )
+    return names
+
+
 class Door:
     """Hooks that stand at the entrance and the exit of one module.
 
@@ -28,18 +39,13 @@ class Door:
         mesh: the tp mesh.
 
     Raises:
-        ValueError: the module's forward has no argument of such a name.
+        AttributeError: the module's forward has no argument of such a name.
     """
 
     def __init__(self, module: nn.Module, enter: tuple[str, ...], mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.fork = Fork()
-        names = list(inspect.signature(module.forward).parameters)
-        if missing := [name for name in enter if name not in names]:
-            raise ValueError(
-                f"enter = {missing} of {type(module).__name__}, required: arguments of its "
-                f"forward, which has {names}"
-            )
+        names = check_arguments(module, enter)
         self._places = [(names.index(name), name) for name in enter]
         self._dropouts = [
             m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
