@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test bench shards lint types clean
 
 demo: .venv/examples
 	$(BIN)/python examples/train_gpt2.py --out out
@@ -17,6 +17,9 @@ lint: .venv/test
 
 types: .venv/test
 	$(BIN)/mypy
+
+shards: .venv/examples
+	$(BIN)/python examples/gpt2_xl_shards.py
 
 bench: .venv/examples
 	$(BIN)/python benchmarks/bench_step.py

@@ -8,7 +8,7 @@ compares the three step by step, reloads what the parallel run has saved with pl
 and fails if anything that should be equal is not. All of it runs offline: the text is the language
 reference that ships inside every Python. A run by itself:
 
-    torchrun --nproc-per-node 2 examples/train_gpt2.py --name mine --tp 2
+    torchrun --nproc-per-node 2 examples/train_gpt2.py --name mine --tp 2 --threads 1
 
 The part that is about tensor parallelism is `build_model`; the rest is stock PyTorch.
 """
@@ -38,10 +38,12 @@ import tensorpar as tp
 from tensorpar.translators.gpt2 import translate_state_dict_to_hf_gpt2
 
 SEED = 0
-BATCH, CONTEXT = 8, 128
+BATCH, CONTEXT = 4, 128
 PEAK_LEARNING_RATE = 1e-3
 EVAL_EVERY = 20
 PROMPT = "The class statement"
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+SAMPLED = {"do_sample": True, "max_new_tokens": 80, "top_k": 40}
 Model = Any  # a Transformers model; its own annotations are too loose to be of help
 T = TypeVar("T")
 
@@ -51,9 +53,9 @@ def build_model(vocab_size: int, tp_degree: int) -> Model:
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=CONTEXT,
-        n_embd=192,
+        n_embd=256,
         n_layer=2,
-        n_head=6,
+        n_head=8,
         bos_token_id=0,
         eos_token_id=0,
         # no dropout, or the runs could not be compared: each rank draws the masks of its heads
@@ -62,7 +64,7 @@ def build_model(vocab_size: int, tp_degree: int) -> Model:
         embd_pdrop=0.0,
     )
     if tp_degree > 1:
-        tp.init(tensor_parallel_degree=tp_degree)
+        tp.init(tensor_parallel_degree=tp_degree, device_type="cpu")  # where "one" runs too
     torch.manual_seed(SEED)
     with tp.tensor_parallelism() if tp_degree > 1 else nullcontext():
         return AutoModelForCausalLM.from_config(config)
@@ -74,7 +76,7 @@ def fit(
     """All of it stock PyTorch; returns losses and seconds of each step, held-out losses after."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # warms up, then decays
-        optimizer, PEAK_LEARNING_RATE, args.steps, pct_start=0.1, cycle_momentum=False
+        optimizer, PEAK_LEARNING_RATE, args.steps, pct_start=0.2, cycle_momentum=False
     )
     batches = torch.Generator().manual_seed(SEED)  # the ranks of one model are fed the same
     losses, seconds, held_out_losses = [], [], {0: evaluate(model, held_out)}
@@ -110,11 +112,12 @@ def train(args: Namespace) -> None:
         tokens_per_second=BATCH * CONTEXT / statistics.median(seconds),
         parameters=on_all_ranks(num_parameters(model)),
         memory_mb=on_all_ranks((memory_before, peak_memory_mb())),
-        greedy=greedy(model, tokenizer),
+        greedy=continue_prompt(model, tokenizer, **GREEDY),
     )
     save(model, tokenizer, args.out / args.name)
     if is_first():
         run.write(args.out)
+    tp.shutdown()
 
 
 def read_text() -> tuple[GPT2Tokenizer, torch.Tensor, torch.Tensor]:
@@ -144,11 +147,11 @@ def evaluate(model: Model, held_out: torch.Tensor) -> float:
     return float(total) / len(held_out)
 
 
-def greedy(model: Model, tokenizer: GPT2Tokenizer) -> list[int]:
-    """The most likely continuation of the prompt; on a parallel model, on all ranks together."""
-    model.eval()
+def continue_prompt(model: Model, tokenizer: GPT2Tokenizer, **options: Any) -> list[int]:
+    """Prompt and continuation; a parallel model's ranks all call this, and get the same tokens."""
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    torch.manual_seed(SEED)
+    tokens = model.eval().generate(**prompt, **options, pad_token_id=0)
     return [int(token) for token in tokens[0]]
 
 
@@ -158,7 +161,7 @@ def save(model: Model, tokenizer: GPT2Tokenizer, folder: Path) -> None:
     if is_first():
         tokenizer.save_pretrained(folder)
     if tp.is_initialized():
-        state_dict = tp.DistributedModel(model).state_dict()
+        state_dict = tp.DistributedModel(model).state_dict()  # collective too
         if tp.rank() == 0:
             torch.save(translate_state_dict_to_hf_gpt2(state_dict), folder / "translated.pt")
 
@@ -219,9 +222,10 @@ def check_export(run: Run, folder: Path) -> list[str]:
     reloaded, trained = evaluate(model, read_text()[2]), list(run.held_out.values())[-1]
     translated = torch.load(folder / "translated.pt", weights_only=True)
     own = model.state_dict()
+    greedy = continue_prompt(model, tokenizer, **GREEDY)
     checks = {
         f"held-out loss {reloaded:.6f}, when trained {trained:.6f}": abs(reloaded - trained) < 1e-5,
-        f"greedy continuation, {len(run.greedy)} tokens": greedy(model, tokenizer) == run.greedy,
+        f"greedy continuation, {len(run.greedy)} tokens": greedy == run.greedy,
         f"translate_state_dict_to_hf_gpt2, {len(translated)} tensors bit for bit": (
             translated.keys() == own.keys()
             and all(torch.equal(translated[key], own[key]) for key in own)
@@ -230,20 +234,14 @@ def check_export(run: Run, folder: Path) -> list[str]:
     print(f"\nReloaded from {folder} with plain AutoModelForCausalLM.from_pretrained:")
     for check, passed in checks.items():
         print(f"  {'equal' if passed else 'NOT EQUAL'}: {check}")
-    print(f"\nA sampled continuation:\n\n{sample(model, tokenizer)}\n")
+    sampled = tokenizer.decode(continue_prompt(model, tokenizer, **SAMPLED))
+    print(f"\nA sampled continuation:\n\n{sampled}\n")
     return [f"reloaded, {check}: not equal" for check, passed in checks.items() if not passed]
-
-
-def sample(model: Model, tokenizer: GPT2Tokenizer) -> str:
-    torch.manual_seed(SEED)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=80, do_sample=True, top_k=40, pad_token_id=0)
-    return str(tokenizer.decode(tokens[0]))
 
 
 def main() -> int:
     parser = ArgumentParser(description="Train GPT-2 tensor parallel, and compare.")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel degree")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a run")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all results")

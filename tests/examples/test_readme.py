@@ -1,0 +1,80 @@
+"""The README's code runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tensorpar as tp
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def block(mark: str) -> str:
+    """The one code block that contains `mark`."""
+    (found,) = (text for text in BLOCKS if mark in text)
+    return found
+
+
+def run_training_script(folder: str) -> list[str]:
+    """The first example, in a folder of its own; the files that it leaves."""
+    os.chdir(folder)
+    names: dict[str, object] = {}
+    exec(compile(block("# train.py"), "README.md", "exec"), names)
+    return sorted(path.name for path in Path(folder, "out/readme").iterdir())
+
+
+def run_custom_attention() -> tuple[torch.Tensor, torch.Tensor]:
+    """The user's module, in one process and on these ranks, with the same weights."""
+    names: dict[str, type[nn.Module]] = {"__name__": "readme"}  # type: ignore[dict-item]
+    exec(compile(block("class MyAttention"), "README.md", "exec"), names)
+    my_attention = names["MyAttention"]
+    torch.manual_seed(0)
+    one = my_attention(24, 3)
+    torch.manual_seed(0)
+    with tp.tensor_parallelism():
+        many = my_attention(24, 3)
+    tp.unregister(my_attention)
+    assert many.num_heads == (2, 1)[tp.tp_rank()]
+    x = torch.randn(2, 5, 24)
+    return one(x).detach(), many(x).detach()
+
+
+def run_smdistributed_script() -> bool:
+    """The migration example: its translated dict is that of the model in one process."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=2, n_embd=12, n_head=3, vocab_size=31, bos_token_id=0, eos_token_id=0
+    )
+    names = {"GPT2LMHeadModel": GPT2LMHeadModel, "config": config}
+    torch.manual_seed(0)
+    exec(compile(block("import tensorpar as smp"), "README.md", "exec"), names)
+    torch.manual_seed(0)
+    expected = GPT2LMHeadModel(config).state_dict()
+    translated = names["hf"]
+    return translated.keys() == expected.keys() and all(
+        torch.equal(translated[name], expected[name]) for name in expected
+    )
+
+
+def test_training_example(ranks, tmp_path):
+    """The first example trains, generates and leaves an ordinary Hugging Face folder."""
+    files, _ = ranks(2, init=False).run(run_training_script, str(tmp_path))
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_custom_module_example(ranks):
+    """The user's own attention computes the same on two ranks, with three heads."""
+    for one, many in ranks(2).run(run_custom_attention):
+        torch.testing.assert_close(many, one)
+
+
+def test_smdistributed_example(ranks):
+    """A script of smdistributed runs, and its dict translates to Hugging Face's bit for bit."""
+    assert all(ranks(2, init=False).run(run_smdistributed_script))
