@@ -191,7 +191,11 @@ def plans(prefix: str) -> Iterator[Plan]:
 
 def _add(module: type[nn.Module] | str, plan: Plan | Replacement) -> None:
     name = _name(module)
-    if module in _plans or name in {_name(key) for key in _plans if isinstance(key, str)}:
+    # two classes may bear one name (local ones do); a name and a class may not
+    same_name = (key for key in _plans if _name(key) == name)
+    if module in _plans or any(
+        isinstance(key, str) or isinstance(module, str) for key in same_name
+    ):
         raise ValueError(f"{name} is registered already; tensorpar.unregister it first")
     _plans[module] = plan
 

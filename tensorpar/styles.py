@@ -45,6 +45,10 @@ def layout(text: str, cut: str | None) -> Layout:
     return Layout(Pattern(text), cut)
 
 
+def _join(axes: str) -> str:
+    return f"({axes})" if " " in axes else axes
+
+
 @dataclass(frozen=True)
 class Column:
     """A linear layer whose output features are sharded.
@@ -68,10 +72,11 @@ class Column:
         axes, cut = ("h d", "h") if self.heads else ("o", "o")
         if self.blocks != 1:
             axes = f"b {axes}"
-        weight = f"({axes}) i" if self.stored == "oi" else f"i ({axes})"
+        joined = _join(axes)
+        weight = f"{joined} i" if self.stored == "oi" else f"i {joined}"
         return {
             "weight": layout(f"{weight} -> {axes} i", cut),
-            "bias": layout(f"({axes}) -> {axes}", cut),
+            "bias": layout(f"{joined} -> {axes}", cut),
         }
 
 
@@ -96,7 +101,7 @@ class Row:
     def layouts(self) -> Mapping[str, Layout]:
         """The layout of each parameter of the child, by name."""
         axes, cut = ("h d", "h") if self.heads else ("i", "i")
-        joined = f"({axes})" if self.heads else axes
+        joined = _join(axes)
         weight = f"o {joined}" if self.stored == "oi" else f"{joined} o"
         return {"weight": layout(f"{weight} -> o {axes}", cut), "bias": layout("o -> o", None)}
 
