@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+
+from tests.configs import bert_config, gpt2_config, gptj_config, gptneo_config
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class FamilyCase:
             defaults divide by no world size.
         model: the class of the model with a language modelling head.
         variants: arguments of Transformers' config under which the model has other parameters.
+        heads: the other classes of models, the base model first.
+        free: beginnings of the keys that smdistributed's table leaves alone.
     """
 
     name: str
@@ -28,42 +33,26 @@ class FamilyCase:
     config: Callable[..., Any]
     model: str
     variants: tuple[Mapping[str, Any], ...] = ({},)
+    heads: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
 
-    def state_dict(self, config: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """A model's state dict with random values everywhere, tied where the model ties."""
-        model = getattr(transformers, self.model)(config)
+    def state_dict(
+        self, config: Any, dtype: torch.dtype = torch.float32, model: str | None = None
+    ) -> dict[str, Any]:
+        """A model's state dict with random values everywhere, tied where the model ties.
+
+        `model` is the class; by default the one with a language modelling head.
+        """
+        built = getattr(transformers, model or self.model)(config)
         random = torch.Generator().manual_seed(0)
         values = {
             parameter.data_ptr(): torch.randn(parameter.shape, generator=random).to(dtype)
-            for parameter in model.parameters()
+            for parameter in built.parameters()
         }
-        return {name: values[tensor.data_ptr()] for name, tensor in model.state_dict().items()}
+        return {name: values[tensor.data_ptr()] for name, tensor in built.state_dict().items()}
 
 
-def gpt2_config(
-    *,
-    layers: int = 2,
-    heads: int = 5,
-    head_size: int = 8,
-    inner: int = 83,
-    vocab: int = 97,
-    positions: int = 16,
-    **changes: Any,
-) -> transformers.GPT2Config:
-    """A tiny GPT-2."""
-    return transformers.GPT2Config(
-        n_layer=layers,
-        n_head=heads,
-        n_embd=heads * head_size,
-        n_inner=inner,
-        vocab_size=vocab,
-        n_positions=positions,
-        bos_token_id=0,
-        eos_token_id=0,
-        **changes,
-    )
-
-
+CROSS = {"is_decoder": True, "add_cross_attention": True}
 FAMILIES = (
     FamilyCase(
         "gpt2",
@@ -71,5 +60,66 @@ FAMILIES = (
         gpt2_config,
         "GPT2LMHeadModel",
         ({}, {"add_cross_attention": True}),
+        heads=(
+            "GPT2Model",
+            "GPT2DoubleHeadsModel",
+            "GPT2ForSequenceClassification",
+            "GPT2ForTokenClassification",
+            "GPT2ForQuestionAnswering",
+        ),
+    ),
+    FamilyCase(
+        "bert",
+        "bert",
+        bert_config,
+        "BertForMaskedLM",
+        ({}, CROSS),
+        heads=(
+            "BertModel",
+            "BertForPreTraining",
+            "BertLMHeadModel",
+            "BertForNextSentencePrediction",
+            "BertForSequenceClassification",
+            "BertForTokenClassification",
+            "BertForMultipleChoice",
+            "BertForQuestionAnswering",
+        ),
+        free=("cls.",),
+    ),
+    FamilyCase(
+        "roberta",
+        "roberta",
+        partial(bert_config, config=transformers.RobertaConfig),
+        "RobertaForMaskedLM",
+        ({}, CROSS),
+        heads=(
+            "RobertaModel",
+            "RobertaForCausalLM",
+            "RobertaForSequenceClassification",
+            "RobertaForTokenClassification",
+            "RobertaForMultipleChoice",
+            "RobertaForQuestionAnswering",
+        ),
+        free=("lm_head.",),
+    ),
+    FamilyCase(
+        "gptj",
+        "gptj",
+        gptj_config,
+        "GPTJForCausalLM",
+        heads=("GPTJModel", "GPTJForSequenceClassification", "GPTJForQuestionAnswering"),
+    ),
+    FamilyCase(
+        "gptneo",
+        "gpt_neo",
+        gptneo_config,
+        "GPTNeoForCausalLM",
+        heads=(
+            "GPTNeoModel",
+            "GPTNeoForSequenceClassification",
+            "GPTNeoForTokenClassification",
+            "GPTNeoForQuestionAnswering",
+        ),
     ),
 )
+CASES = {case.name: case for case in FAMILIES}

@@ -21,6 +21,14 @@ from tensorpar.translators import (
 )
 from tests.families import FAMILIES, FamilyCase
 
+ALIASES = ("translate_hf_state_dict_to_smdistributed", "translate_state_dict_to_smdistributed")
+ALIASES_OF = {
+    "gptj": (
+        "translate_hf_gptj_state_dict_to_smdistributed_gptj",
+        "translate_hf_gptj_state_dict_to_smdistributed",
+    ),
+    "gptneo": ("translate_hf_gptneo_state_dict_to_smdistributed",),
+}
 every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 
 
@@ -168,17 +176,23 @@ def test_functions_are_found_and_pickled_by_their_names(case):
             assert getattr(legacy, name) is getattr(module, name)
 
 
-def test_aliases_take_a_second_argument_or_none(gpt2):
-    """All names that scripts use for GPT-2."""
+@every_family
+def test_aliases_take_a_second_argument_or_none(case):
+    """All names that scripts use, under both paths."""
+    hf = case.state_dict(case.config())
+    module, _, to_smd, _ = functions(case)
+    legacy = importlib.import_module(f"tensorpar.nn.huggingface.{case.name}")
+    smd = to_smd(hf)
+    for name in (*ALIASES, *ALIASES_OF.get(case.name, ())):
+        for function in (getattr(module, name), getattr(legacy, name)):
+            for rest in ((), (None,), (64,)):
+                assert_same(function(hf, *rest), smd)
+
+
+def test_the_layer_only_alias_takes_a_second_argument_or_none(gpt2):
+    """GPT-2 alone has it."""
     config, hf = gpt2
     module, to_hf_, to_smd, to_ours = functions(FAMILIES[0])
-    smd = to_smd(hf)
-    for name in (
-        "translate_hf_state_dict_to_smdistributed",
-        "translate_state_dict_to_smdistributed",
-    ):
-        for rest in ((), (None,), (64,)):
-            assert_same(getattr(module, name)(hf, *rest), smd)
     for function in (module.translate_state_dict_to_hf_gpt2_layer, to_hf_):
-        assert_same(function(smd), hf)
+        assert_same(function(to_smd(hf)), hf)
         assert_same(function(to_ours(hf, config), None), hf)

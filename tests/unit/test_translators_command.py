@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tensorpar.translators import hf_to_smdistributed
 from tensorpar.translators.__main__ import main
 from tensorpar.translators.gpt2 import translate_hf_state_dict_to_smdistributed_gpt2
-from tests.families import FAMILIES
+from tests.families import CASES, FAMILIES
 
 HALVES = {"query": 0, "key": 0, "value": 0, "dense1": 0, "dense2": 1, "attention.dense": 1}
 
@@ -94,6 +95,29 @@ def test_a_full_file_as_a_program(tmp_path, smd, hf):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("gpt2: tensor-parallel degree 1")
+    assert_written(tmp_path / "out" / "model.safetensors", hf)
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+@pytest.mark.parametrize("variant", [0, -1])
+def test_the_family_is_recognised(tmp_path, capsys, case, variant):
+    """By the keys of a full file of any family."""
+    config = case.config(**case.variants[variant])
+    hf = case.state_dict(config)
+    torch.save(hf_to_smdistributed(hf, config), tmp_path / "full.pt")
+    run(tmp_path / "full.pt", tmp_path / "out")
+    assert capsys.readouterr().out.startswith(f"{case.model_type}: tensor-parallel degree 1")
+    assert_written(tmp_path / "out" / "model.safetensors", hf)
+
+
+def test_a_family_that_cannot_be_told_is_named(tmp_path, capsys):
+    """Base models of BERT and RoBERTa have the same keys."""
+    config = CASES["roberta"].config()
+    hf = CASES["roberta"].state_dict(config, model="RobertaModel")
+    torch.save(hf_to_smdistributed(hf, config), tmp_path / "full.pt")
+    told = refused(capsys, tmp_path / "full.pt", tmp_path / "out")
+    assert "the keys fit ['bert', 'roberta'], required: one family; name it by --family" in told
+    run(tmp_path / "full.pt", tmp_path / "out", "--family", "roberta")
     assert_written(tmp_path / "out" / "model.safetensors", hf)
 
 

@@ -63,6 +63,42 @@ def test_layouts_are_found_by_the_end_of_a_key(key, text):
     assert (entry and entry.layout.pattern.text) == text
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "text"),
+    [
+        ("bert", "bert.encoder.layer.0.attention.self.query.weight", "(h d) i -> h d i"),
+        ("bert", "encoder.layer.0.crossattention.self.key.bias", "(h d) -> h d"),
+        ("bert", "encoder.layer.1.attention.output.dense.weight", "o (h d) -> o h d"),
+        ("bert", "encoder.layer.1.attention.output.dense.bias", "o -> o"),
+        ("bert", "encoder.layer.1.crossattention.output.dense.weight", "o (h d) -> o h d"),
+        ("bert", "encoder.layer.1.output.dense.weight", "o i -> o i"),
+        ("bert", "encoder.layer.1.intermediate.dense.bias", "o -> o"),
+        ("bert", "cls.predictions.bias", "v -> v"),
+        ("bert", "cls.predictions.decoder.bias", "v -> v"),
+        ("bert", "cls.predictions.transform.dense.weight", None),
+        ("bert", "bert.pooler.dense.weight", None),
+        ("bert", "bert.embeddings.position_embeddings.weight", None),
+        ("roberta", "roberta.embeddings.word_embeddings.weight", "v i -> v i"),
+        ("roberta", "lm_head.bias", "v -> v"),
+        ("roberta", "lm_head.decoder.weight", "v i -> v i"),
+        ("roberta", "lm_head.dense.weight", None),
+        ("roberta", "classifier.dense.weight", None),
+        ("gptj", "transformer.h.0.attn.out_proj.weight", "o (h d) -> o h d"),
+        ("gptj", "h.0.attn.v_proj.weight", "(h d) i -> h d i"),
+        ("gptj", "h.0.mlp.fc_out.bias", "o -> o"),
+        ("gptj", "lm_head.bias", "v -> v"),
+        ("gpt_neo", "transformer.h.0.attn.attention.q_proj.weight", "(h d) i -> h d i"),
+        ("gpt_neo", "h.0.attn.attention.out_proj.bias", "o -> o"),
+        ("gpt_neo", "h.0.mlp.c_proj.weight", "o i -> o i"),
+        ("gpt_neo", "transformer.wpe.weight", None),
+    ],
+)
+def test_layouts_of_other_families(family, key, text):
+    """The same, where names of several modules are alike."""
+    entry = Layouts(family, 5).find(key)
+    assert (entry and entry.layout.pattern.text) == text
+
+
 def test_fused_blocks_are_counted_where_the_module_is(gpt2):
     """Three in self-attention, two in cross-attention; heads from the config."""
     layouts = Layouts("gpt2", num_heads(gpt2[0]))

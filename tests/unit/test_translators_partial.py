@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from tensorpar.translators import hf_to_smdistributed, smdistributed_to_hf
 from tensorpar.translators.gpt2 import (
     translate_hf_state_dict_to_smdistributed_gpt2,
     translate_state_dict_to_hf_gpt2,
@@ -13,6 +16,7 @@ from tensorpar.translators.gpt2 import (
 from tests.families import FAMILIES, gpt2_config
 
 P, H = 5, 6
+every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +31,19 @@ def smd(hf):
 
 
 def partial(smd, t: int) -> list[dict[str, object]]:
-    """What `t` tensor-parallel ranks hold of a full dict: the first ones hold one unit more."""
+    """What `t` tensor-parallel ranks hold of a full dict: the first ones hold one unit more.
+
+    The head size is two.
+    """
     ranks: list[dict[str, object]] = [{} for _ in range(t)]
     for key, tensor in smd.items():
-        kind = key.split(".", 3)[-1]
+        kind = re.sub(r".*seq_layers\.\d+\.(cross_)?", "", key)
         if kind in ("attention.dense.bias", "output.dense2.bias"):
             ranks[0][key] = tensor
             continue
         dim = 0 if "query" in kind or "key" in kind or "value" in kind or "dense1" in kind else None
         dim = 1 if kind in ("attention.dense.weight", "output.dense2.weight") else dim
-        unit = 2 if ".attention." in key else 1  # the head size
+        unit = 2 if "attention." in kind else 1
         for rank in range(t):
             if dim is None:
                 ranks[rank][key] = tensor
@@ -53,6 +60,17 @@ def partial(smd, t: int) -> list[dict[str, object]]:
 def test_partial_dicts_of_all_ranks(hf, smd, t):
     """Slices by heads, uneven, even none; row-parallel biases from the first rank alone."""
     merged = translate_state_dict_to_hf_gpt2(partial(smd, t))
+    assert merged.keys() == hf.keys()
+    assert all(torch.equal(merged[key], hf[key]) for key in hf)
+
+
+@every_family
+@pytest.mark.parametrize("t", [2, 3, 4])
+def test_partial_dicts_of_every_family(case, t):
+    """By the family-free function, with cross-attention where the family has it."""
+    config = case.config(heads=3, head_size=2, inner=7, **case.variants[-1])
+    hf = case.state_dict(config)
+    merged = smdistributed_to_hf(partial(hf_to_smdistributed(hf, config), t), config)
     assert merged.keys() == hf.keys()
     assert all(torch.equal(merged[key], hf[key]) for key in hf)
 
