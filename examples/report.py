@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 FALL = 1.5  # nats by which the held-out loss must fall
 EARLY_STEPS, EARLY_LIMIT = 20, 1e-5
@@ -69,6 +71,12 @@ def peak_memory_mb() -> float:
     """Largest resident memory of this process so far (`ru_maxrss`): libraries, code and all."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many this rank holds; in a parallel model every parameter is a DTensor."""
+    held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(p.numel() for p in held)
 
 
 def report(one: Run, half: Run, parallel: Run, out: Path) -> list[str]:

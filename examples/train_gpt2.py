@@ -28,8 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from report import Run, peak_memory_mb, report
-from torch.distributed.tensor import DTensor
+from report import Run, num_parameters, peak_memory_mb, report
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Tokenizer
 from transformers.utils import logging
@@ -164,12 +163,6 @@ def save(model: Model, tokenizer: GPT2Tokenizer, folder: Path) -> None:
         state_dict = tp.DistributedModel(model).state_dict()  # collective too
         if tp.rank() == 0:
             torch.save(translate_state_dict_to_hf_gpt2(state_dict), folder / "translated.pt")
-
-
-def num_parameters(model: Model) -> int:
-    """How many this rank holds; in a parallel model every parameter is a DTensor."""
-    held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    return sum(p.numel() for p in held)
 
 
 def is_first() -> bool:

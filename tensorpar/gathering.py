@@ -29,7 +29,9 @@ def whole_tensors(tensors: Mapping[str, Any], *, keep: bool = True) -> Iterator[
     seen: dict[int, Any] = {}
     for name, value in tensors.items():
         if id(value) not in seen:
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = value.full_tensor().detach() if isinstance(value, DTensor) else value
+            if isinstance(value, DTensor) and whole.device.type == "cpu":
+                whole = whole.clone()  # a replica is the parameter itself, a gathered one is padded
             if isinstance(whole, torch.Tensor):
                 whole = whole.detach().cpu() if keep else None
             seen[id(value)] = whole

@@ -1,7 +1,9 @@
 """Tensor-parallel ranks that are each fed a batch of their own: `prescaled_batch=False`.
 
 At the model's door the ranks' batches are joined, so that all compute the same; on the way out
-each rank is handed its own rows. A loss is that of the joined batch, on every rank.
+each rank is handed its own rows. A loss is that of the joined batch, on every rank; losses that the
+ranks compute from their own rows train on their mean, as data-parallel ranks' do. Logits that a
+training step leaves sharded (a DTensor) are those of the joined batch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 
@@ -39,12 +42,15 @@ class OwnBatches:
         ]
         sizes = self._batch_sizes([leaves[i] for i in places])
         for i in places:
-            leaves[i] = self._join(leaves[i], sizes)
+            leaves[i] = self.join(leaves[i], sizes)
         joined_args, joined_kwargs = pytree.tree_unflatten(leaves, spec)
         output = model(*joined_args, **joined_kwargs)
-        start = sum(sizes[: self.mesh.get_local_rank()])
-        own = sizes[self.mesh.get_local_rank()]
-        return _map_tensors(output, lambda x: _rows(x, start, own, sum(sizes)))
+        return _map_tensors(output, lambda x: self._own_rows(x, sizes))
+
+    def _own_rows(self, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        if isinstance(x, DTensor) or not x.ndim or x.shape[0] != sum(sizes):
+            return x
+        return _OwnRows.apply(x, sizes, self)
 
     def _batch_sizes(self, tensors: list[torch.Tensor]) -> list[int]:
         own = [(str(x.dtype), tuple(x.shape[1:]), x.shape[0]) for x in tensors]
@@ -59,7 +65,7 @@ class OwnBatches:
             )
         return [next(iter(counts)) for counts in rows]
 
-    def _join(self, own: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    def join(self, own: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """All-gather with uneven rows, padded to the largest while they travel."""
         padded = own.new_zeros((max(sizes), *own.shape[1:]))
         padded[: own.shape[0]] = own
@@ -68,8 +74,16 @@ class OwnBatches:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def _rows(x: torch.Tensor, start: int, own: int, total: int) -> torch.Tensor:
-    return x.narrow(0, start, own) if x.ndim and x.shape[0] == total else x
+class _OwnRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sizes: list[int], batches: OwnBatches) -> torch.Tensor:
+        ctx.sizes, ctx.batches = sizes, batches
+        rank = batches.mesh.get_local_rank()
+        return x.narrow(0, sum(sizes[:rank]), sizes[rank]).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.batches.join(grad, ctx.sizes) / len(ctx.sizes), None, None
 
 
 def _map_tensors(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

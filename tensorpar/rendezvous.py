@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 _POLL_SECONDS = 0.01
-_calls: Counter[str] = Counter()
+#: how often each call was made in a world; a new process group starts anew.
+_calls: WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = WeakKeyDictionary()
 
 
 def rendezvous(call: str, timeout: timedelta) -> int:
@@ -29,19 +31,23 @@ def rendezvous(call: str, timeout: timedelta) -> int:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         return rank
-    store = _get_default_store()
-    prefix = f"tensorpar/{call}/{_calls[call]}"
-    _calls[call] += 1
-    keys = [f"{prefix}/{other}" for other in range(world_size)]
+    world, store = dist.group.WORLD, _get_default_store()
+    assert world is not None
+    calls = _calls.setdefault(world, Counter())
+    prefix = f"tensorpar/{call}/{calls[call]}"
+    calls[call] += 1
+    keys, given_up = [f"{prefix}/{other}" for other in range(world_size)], f"{prefix}/given-up"
     store.set(keys[rank], "here")
     deadline = time.monotonic() + timeout.total_seconds()
-    while not store.check(keys) or store.check([f"{prefix}/given-up"]):
-        if time.monotonic() > deadline or store.check([f"{prefix}/given-up"]):
-            store.set(f"{prefix}/given-up", "")
+    while not store.check(keys) or store.check([given_up]):
+        if time.monotonic() > deadline and not store.check([given_up]):
             absent = [other for other in range(world_size) if not store.check([keys[other]])]
+            store.set(given_up, str(absent))
+        if store.check([given_up]):
             raise TimeoutError(
-                f"{call} was not called by ranks {absent} within {timeout.total_seconds():g} s; it "
-                "is collective: call it on every rank, and guard only what follows it by the rank"
+                f"{call} was not called by ranks {store.get(given_up).decode()} within "
+                f"{timeout.total_seconds():g} s; it is collective: call it on every rank, and "
+                "guard only what follows it by the rank"
             )
         time.sleep(_POLL_SECONDS)
     return rank

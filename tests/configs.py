@@ -96,9 +96,9 @@ def gptneo_config(
     **changes: Any,
 ) -> transformers.GPTNeoConfig:
     """A tiny GPT-Neo, every second layer local."""
+    types = [[["global", "local"], layers // 2], [["global"], layers % 2]]
     return transformers.GPTNeoConfig(
         num_layers=layers,
-        attention_types=[[["global", "local"], layers // 2], [["global"], layers % 2]],
         num_heads=heads,
         hidden_size=heads * head_size,
         intermediate_size=inner,
@@ -106,5 +106,5 @@ def gptneo_config(
         max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=0,
-        **{"window_size": 3, **changes},
+        **{"attention_types": types, "window_size": 3, **changes},
     )

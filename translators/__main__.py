@@ -75,14 +75,16 @@ def destination(out: Path) -> Path:
 
 def recognised(dicts: Sequence[StateDict]) -> Table:
     """The table of the only family whose keys these are."""
-    keys = [key for part in dicts for key in part]
+    keys = list(dict.fromkeys(key for part in dicts for key in part))
     found = []
     for table in tables():
         own = variant(table, keys).fitting(keys, "smd")
-        found.append((table, match(own, keys, "smd").problems))
-    fitting = [table for table, problems in found if not problems]
+        matched = match(own, keys, "smd")
+        num_known = len({key for one in matched.rules for key in one.smd}.intersection(keys))
+        found.append((table, matched.problems, num_known))
+    fitting = [table for table, problems, _ in found if not problems]
     if not fitting:
-        table, problems = min(found, key=lambda pair: len(pair[1]))
+        table, problems, _ = max(found, key=lambda one: (one[2], -len(one[1])))
         refuse(f"the keys fit no family, least badly {table.family}", problems)
     if len(fitting) > 1:
         names = [table.family for table in fitting]

@@ -127,11 +127,11 @@ def renamed(model: nn.Module, sources: Mapping[str, S]) -> dict[str, S]:
     """
     own = model.state_dict()
     family = getattr(getattr(model, "config", None), "model_type", None)
-    masks = table_of(family).masks if family in FAMILIES else None
+    table = table_of(family) if family in FAMILIES else None
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     own_names = {}
     for key, source in sources.items():
-        if masks is None or not masks.has(key):
+        if table is None or not table.drops(key):
             names = (key, prefix + key, key.removeprefix(prefix))
             own_names[next((name for name in names if name in own), key)] = source
     return own_names

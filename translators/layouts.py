@@ -29,7 +29,7 @@ def family_of(config: Any) -> str:
     Raises:
         ValueError: there is none, or no such family is known.
     """
-    family = _first(config, ("model_type",))
+    family = setting(config, "model_type")
     if family not in FAMILIES:
         raise ValueError(
             f"config.model_type = {family!r}, required: one of {sorted(FAMILIES)}; other models "
@@ -40,7 +40,7 @@ def family_of(config: Any) -> str:
 
 def num_heads(config: Any) -> int:
     """The number of attention heads; raises ValueError where the config does not tell it."""
-    heads = _first(config, _HEADS)
+    heads = setting(config, *_HEADS)
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(
             f"number of attention heads = {heads!r}, required: a positive integer under one of "
@@ -148,7 +148,8 @@ def _sizes(style: Style, stand_in: Any, heads: int | None) -> dict[str, int]:
     return sizes
 
 
-def _first(config: Any, names: tuple[str, ...]) -> Any:
+def setting(config: Any, *names: str) -> Any:
+    """What a Transformers config, or a mapping, has under the first of `names` that it has."""
     if isinstance(config, Mapping):
         return next((config[name] for name in names if name in config), None)
     return next((getattr(config, name) for name in names if hasattr(config, name)), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,24 +23,26 @@ class Masks:
     Attributes:
         places: the ends of the attention modules' paths, `"h.*.attn"`.
         masked_bias: the number put where attention is masked.
-        window: the width of a layer's local attention by the layer's index; None for global.
+        window: the width of a layer's local attention, None for global, by the layer's index and
+            the model's config, which may be None.
     """
 
     places: tuple[str, ...]
     masked_bias: float
-    window: Callable[[int], int | None] = lambda _: None
+    window: Callable[[int, Any], int | None] = lambda _layer, _config: None
 
     def has(self, key: str) -> bool:
         """Whether `key` names one of these buffers."""
         path, _, name = key.rpartition(".")
         return name in ("bias", "masked_bias") and self._holds(path)
 
-    def made_for(self, keys: Iterable[str], max_seq_len: int) -> StateDict:
+    def made_for(self, keys: Iterable[str], max_seq_len: int, config: Any = None) -> StateDict:
         """New buffers for every attention module of a state dict in Hugging Face's layout.
 
         Args:
             keys: the state dict's.
             max_seq_len: M; masks are uint8 `[1, 1, M, M]`.
+            config: the model's, if known.
 
         Raises:
             ValueError: `max_seq_len` is not a positive integer.
@@ -48,7 +51,7 @@ class Masks:
         buffers: StateDict = {}
         for path in dict.fromkeys(self._paths(keys)):
             layer = next(int(part) for part in path.split(".") if part.isdigit())
-            buffers[f"{path}.bias"] = causal_mask(size, self.window(layer))
+            buffers[f"{path}.bias"] = causal_mask(size, self.window(layer, config))
             buffers[f"{path}.masked_bias"] = torch.tensor(self.masked_bias, dtype=torch.float32)
         return buffers
 

@@ -54,7 +54,7 @@ def match(table: Table, keys: Iterable[str], side: Side) -> Match:
             rules += wanted
     known = {key for one in rules for key in one.keys(side)}
     made = {key for one in rules for key in one.keys("smd" if side == "hf" else "hf")}
-    others = [key for key in given if key not in known and not _dropped(table, key)]
+    others = [key for key in given if key not in known and not table.drops(key)]
     for key in others:
         if key.startswith(table.trunk(side)):
             problems.append(f"{key} is unknown")
@@ -71,7 +71,7 @@ def from_hf(table: Table, hf: StateDict) -> StateDict:
     """
     table = table.fitting(hf, "hf")
     found = match(table, hf, "hf")
-    refuse(_what(table, "hf"), found.problems)
+    refuse(_what(table, "hf"), found.problems or _headless(table, hf))
     smd: StateDict = {}
     problems = []
     for one in found.rules:
@@ -139,9 +139,13 @@ def misfits(
     return wrong
 
 
-def _dropped(table: Table, key: str) -> bool:
-    """Old causal-mask buffers, which hold nothing that the model does not know."""
-    return table.masks is not None and table.masks.has(key)
+def _headless(table: Table, hf: StateDict) -> list[str]:
+    """A line if smdistributed's keys would not tell whether Hugging Face's have the prefix."""
+    if table.smd_prefix or table.tied or not all(key.startswith(table.hf_prefix) for key in hf):
+        return []
+    return [
+        f"lm_head.weight is missing, or another head, or keys without {table.hf_prefix!r} in front"
+    ]
 
 
 def _what(table: Table, side: Side) -> str:

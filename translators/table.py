@@ -14,6 +14,7 @@ from typing import Literal
 from tensorpar.families import FAMILIES
 from tensorpar.pattern import Pattern
 
+from .layouts import ends_with
 from .masks import Masks
 
 Side = Literal["hf", "smd"]
@@ -91,7 +92,8 @@ class Table:
         other_heads: beginnings of keys which tell that a model has no such head.
         cut: axes of which smdistributed's partial files hold slices.
         same: axes that have the same length as another.
-        masks: the buffers that old versions kept.
+        masks: the causal masks that old versions kept.
+        dropped: ends of the keys of other buffers that old versions kept.
     """
 
     family: str
@@ -106,10 +108,16 @@ class Table:
     cut: tuple[str, ...] = ("a", "f")
     same: Mapping[str, str] = field(default_factory=lambda: {"a": "h"})
     masks: Masks | None = None
+    dropped: tuple[str, ...] = ()
 
     def trunk(self, side: Side) -> tuple[str, ...]:
         """Beginnings of keys that no key may have without a rule."""
         return self.hf_trunk if side == "hf" else self.smd_trunk
+
+    def drops(self, key: str) -> bool:
+        """Whether this is a buffer of old versions, which holds nothing the model does not know."""
+        is_mask = self.masks is not None and self.masks.has(key)
+        return is_mask or any(ends_with(key, place) for place in self.dropped)
 
     def fitting(self, keys: Iterable[str], side: Side) -> Table:
         """This table, or the one of the base model alone if `keys` are such a model's."""

@@ -36,7 +36,7 @@ def to_hf(state_dict: StateDicts, config: Any, max_seq_len: int | None = None) -
         ValueError: all keys that are missing, unknown or of the wrong shape; an unknown family.
     """
     table = table_of(family_of(config))
-    return translate_to_hf(table, state_dict, max_seq_len, heads=num_heads(config))
+    return translate_to_hf(table, state_dict, max_seq_len, config)
 
 
 def from_hf(state_dict: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -76,10 +76,10 @@ def translate_to_hf(
     table: Table,
     state_dict: StateDicts,
     max_seq_len: int | None = None,
-    *,
-    heads: int | None = None,
+    config: Any = None,
 ) -> dict[str, Any]:
-    """`to_hf` of a known family; its number of heads is checked if given."""
+    """`to_hf` of a known family; the config may be unknown."""
+    heads = None if config is None else num_heads(config)
     dicts, restores = zip(*map(opened, _listed(state_dict)), strict=True)
     if is_smdistributed(dicts[0]):
         own = variant(table, dicts[0])
@@ -89,9 +89,9 @@ def translate_to_hf(
         layouts = Layouts(table.family, heads)
         full = merge_tensors(dicts, layouts) if len(dicts) > 1 else dicts[0]
         hf = _from_tensorpar(layouts, full)
-    hf = _without_masks(table, hf)
+    hf = _without_dropped(table, hf)
     if max_seq_len is not None and table.masks is not None:
-        hf |= table.masks.made_for(hf, max_seq_len)
+        hf |= table.masks.made_for(hf, max_seq_len, config)
     return restores[0](hf)
 
 
@@ -102,7 +102,7 @@ def translate_from_hf(table: Table, state_dict: Mapping[str, Any], heads: int) -
     layouts = Layouts(table.family, heads)
     ours: StateDict = {}
     problems = []
-    for key, tensor in _without_masks(table, hf).items():
+    for key, tensor in _without_dropped(table, hf).items():
         entry = layouts.find(key)
         try:
             ours[key] = (
@@ -137,9 +137,8 @@ def _from_tensorpar(layouts: Layouts, ours: StateDict) -> StateDict:
     return hf
 
 
-def _without_masks(table: Table, hf: StateDict) -> StateDict:
-    masks = table.masks
-    return {key: value for key, value in hf.items() if masks is None or not masks.has(key)}
+def _without_dropped(table: Table, hf: StateDict) -> StateDict:
+    return {key: tensor for key, tensor in hf.items() if not table.drops(key)}
 
 
 def _require_hf(state_dict: StateDict) -> None:

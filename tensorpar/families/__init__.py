@@ -1,6 +1,8 @@
 """One table per model family; importing this registers them all, by name, without transformers."""
 
-from tensorpar.families import gpt2
+from tensorpar.families import bert, gpt2, gpt_neo, gptj, roberta
 
-FAMILIES = {gpt2.NAME: gpt2.MODULE}
+FAMILIES: dict[str, str] = {
+    family.NAME: family.MODULE for family in (gpt2, bert, roberta, gptj, gpt_neo)
+}
 """Transformers' `model_type` to the dotted prefix of the family's rows."""

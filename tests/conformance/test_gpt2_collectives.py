@@ -1,4 +1,4 @@
-"""The communication formula, counted: two all-reduces a layer each way, and a line for each rest."""
+"""The communication formula, counted: two all-reduces a layer each way, and what is not a layer."""
 
 from __future__ import annotations
 

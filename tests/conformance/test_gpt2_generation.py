@@ -124,7 +124,7 @@ def streamed_logits(parallel: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_decoding_by_hand_with_a_cache(ranks, size):
-    """Steps that pass `past_key_values` on give one process's logits, bit-identical on all ranks."""
+    """Steps that pass `past_key_values` on give one process's logits, the same on all ranks."""
     results = ranks(size).run(streamed_logits, True)
     for place, reference in enumerate(streamed_logits(False)):
         assert all(torch.equal(one[place], results[0][place]) for one in results)

@@ -128,7 +128,7 @@ def born_small(delayed: bool) -> tuple[Tensors, dict[str, int | None], int]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_delayed_initialization_draws_each_shard_on_its_rank(ranks, size):
-    """Every kind of parameter has its distribution, shards differ, replicas agree, nothing whole."""
+    """Every parameter has its distribution, shards differ, replicas agree, nothing is whole."""
     results = ranks(size).run(born_small, True)
     shards, dims, _ = results[0]
     scaled = 0.02 / math.sqrt(2 * 3)

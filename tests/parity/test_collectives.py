@@ -127,6 +127,6 @@ def round_trips(size: int) -> dict[str, bool]:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 9])
 def test_conjugates_undo_each_other(ranks, world, size):
-    """Scatter then gather is the identity, for views and empty chunks too; inputs stay unchanged."""
+    """Scatter then gather is the identity, for views and empty chunks too."""
     for found in ranks(world).run(round_trips, size):
         assert all(found.values()), found

@@ -218,7 +218,7 @@ def attention(name: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_equals_its_formula(ranks, name, size):
-    """Grouped, causal, cross and masked attention, with idle ranks too, equals head by head maths."""
+    """Grouped, causal, cross and masked attention equals head by head maths, idle ranks or not."""
     ranks(size).run(attention, name)
 
 

@@ -140,19 +140,19 @@ def test_one_process_needs_no_launcher(ranks):
     assert found == {"size": 1, "tp": 1, "barrier": None, "after": False, "again": 0}
 
 
-def launched(port_file: str) -> tuple[int, int]:
+def launched(rendezvous: str) -> tuple[int, int]:
     """A process with the environment of a launcher."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    store = dist.TCPStore("localhost", 0, is_master=rank == 0) if rank == 0 else None
     environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in environment.items()})
-    del store
     try:
         with pytest.raises(ValueError, match="world size = 2"):
             tensorpar.init(tensor_parallel_degree=4)
         assert not dist.is_initialized()
-        dist.init_process_group("gloo", init_method=f"file://{port_file}")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size
+        )
         tensorpar.init(tensor_parallel_degree=2)
         return tensorpar.local_rank(), tensorpar.local_size()
     finally:

@@ -84,8 +84,9 @@ def test_masks_of_gptneo_are_banded_in_local_layers(changes, local):
 
 def test_masks_of_gptneo_without_a_config():
     """As all published models: every second layer is local, of width 256."""
-    hf = CASES["gptneo"].state_dict(CASES["gptneo"].config(layers=4))
-    made = translate_state_dict_to_hf_gptneo(hf, 258)
+    config = CASES["gptneo"].config(layers=4)
+    ours = from_hf(CASES["gptneo"].state_dict(config), config)
+    made = translate_state_dict_to_hf_gptneo(ours, 258)
     for i in range(4):
         mask = made[f"transformer.h.{i}.attn.attention.bias"][0, 0]
         assert mask[255].tolist() == [1] * 256 + [0] * 2
@@ -98,7 +99,7 @@ def test_windows_of_gptneo_by_mappings():
     assert [window(i, kinds) for i in range(5)] == [None, 7, None, 7, 7]
     assert [window(i, {"attention_layers": ["local", "global"]}) for i in range(2)] == [256, None]
     assert [window(i, {"window_size": 7}) for i in range(3)] == [None, 7, None]
-    with pytest.raises(ValueError, match="config.attention_layers = .'local'., required"):
+    with pytest.raises(ValueError, match=r"config.attention_layers = .'local'., required"):
         window(1, {"attention_layers": ["local"]})
 
 

@@ -123,13 +123,12 @@ def test_there_and_back(family):
 
 
 def test_the_word_embedding_of_gptneo_is_written_under_both_names():
-    """Whether or not a file has the tied head, in both directions."""
-    there, back = functions("gptneo")
+    """Whether or not a file has the tied head."""
+    there, _ = functions("gptneo")
     hf = hf_dict("gptneo")
     smd = there(hf_dict("gptneo", "lm_head.weight"))
     assert_same(smd, there(hf))
     assert torch.equal(smd["lm_head.weight"], smd["word_embedding.weight"])
-    assert_same(back({key: smd[key] for key in smd if key != "lm_head.weight"}), hf)
 
 
 def test_the_head_of_gptj_is_its_own():
