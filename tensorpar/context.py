@@ -131,6 +131,8 @@ def _on_attachment(parent: nn.Module, _name: str, child: nn.Module | None) -> No
         return
     construction.has_parent(child, parent)
     construction.attached(parent, options)
+    if not child._modules:  # a leaf is never a parent, but its class may be registered
+        construction.attached(child, options)
 
 
 def _on_finished_model(model: nn.Module) -> None:

@@ -150,7 +150,8 @@ def check(module: nn.Module, plan: Plan) -> None:
     Raises:
         AttributeError: the plan names a child, parameter, count or forward argument that the
             module does not have.
-        ValueError: a count is no multiple of the heads, or a layer has options that do not shard.
+        ValueError: a count or a dim is no multiple of the heads, or a layer has options that do not
+            shard.
     """
     children = _children(module, plan)
     for name, style in plan.children.items():
@@ -158,6 +159,10 @@ def check(module: nn.Module, plan: Plan) -> None:
             raise AttributeError(f"{type(module).__name__} has no parameter {name} of its own")
     for child, style in children.values():
         _mixin(style, child)
+        for name, full in child._parameters.items():
+            if full is not None and not isinstance(full, DTensor):
+                pattern = style.layouts[name].pattern
+                pattern.apply(full.to("meta"), **_axis_sizes(module, style))
     heads = _num_heads(module, children)
     for name in plan.divide:
         _share(module, name, heads, 1, 0)

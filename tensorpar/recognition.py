@@ -18,14 +18,16 @@ def recognise(model: nn.Module, state_dict: Mapping[str, Any]) -> LayoutName:
     Hugging Face's layout and tensorpar's share all names; they differ where a plan takes axes
     apart. A dict without any such key is the same in both.
     """
+    from tensorpar.translators.files import renamed
+    from tensorpar.translators.slices import hf_shape
     from tensorpar.translators.smdistributed import is_smdistributed
 
     if is_smdistributed(state_dict):
         return "smdistributed"
-    own = model.state_dict()
+    own, given = model.state_dict(), renamed(model, state_dict)
     for name, layout, _ in annotated(model):
-        if name in state_dict and layout.pattern.text != layout.pattern.inverse.text:
-            shape = tuple(state_dict[name].shape)
-            if len(shape) != own[name].ndim:
+        if name in given:
+            ours, shape = tuple(own[name].shape), tuple(given[name].shape)
+            if len(shape) != len(ours) or shape == tuple(hf_shape(layout, own[name].shape)) != ours:
                 return "hf"
     return "tensorpar"

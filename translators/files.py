@@ -26,6 +26,9 @@ from .table import table_of
 
 S = TypeVar("S")
 
+#: names that the first BERT checkpoints had, which Transformers mends when it loads them too.
+_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -132,7 +135,10 @@ def renamed(model: nn.Module, sources: Mapping[str, S]) -> dict[str, S]:
     own_names = {}
     for key, source in sources.items():
         if table is None or not table.drops(key):
-            names = (key, prefix + key, key.removeprefix(prefix))
+            new = key
+            for old_name, new_name in _RENAMED.items():
+                new = new.replace(old_name, new_name)
+            names = (key, new, prefix + new, new.removeprefix(prefix))
             own_names[next((name for name in names if name in own), key)] = source
     return own_names
 

@@ -105,7 +105,7 @@ def unlike_models(kind: str) -> str:
     ("kind", "named"),
     [
         ("seed", "wte.weight"),
-        ("layers", "transformer.h.1"),
+        ("layers", "c_proj.weight"),
         ("dtype", "torch.float32"),
         ("weights", "c_fc.weight"),
     ],
@@ -227,7 +227,7 @@ def one_is_missing(call: str, folder: str, absent: int) -> tuple[str, float]:
         ("gather_to_rank0", "DistributedModel.state_dict"),
     ],
 )
-@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("absent", [0, 2])  # in one world: each round is given up on its own
 def test_a_missing_rank_ends_in_a_timeout(ranks, tmp_path, call, named, absent):
     """Present ranks raise a TimeoutError naming call and absent rank; nothing is written."""
     folder = tmp_path / "out"
@@ -240,7 +240,7 @@ def test_a_missing_rank_ends_in_a_timeout(ranks, tmp_path, call, named, absent):
 
 
 def late(folder: str) -> str:
-    """What a rank is told that calls when the others have given up."""
+    """What a rank is told that calls when the other has given up."""
     model = perturbed(Case(), parallel=True)
     time.sleep(2.0 * (tensorpar.rank() == 1))
     return _refusal(lambda: model.save_pretrained(folder, timeout=SHORT), TimeoutError)
@@ -253,9 +253,10 @@ def saves(folder: str) -> bool:
 
 
 def test_a_late_rank_is_told_too_and_all_can_save_again(ranks, tmp_path):
-    """A rank that comes too late learns that it was waited for; the next save works."""
-    results = ranks(2).run(late, str(tmp_path / "late"))
-    assert all("was not called by ranks [1] within 1 s" in told for told in results)
+    """A rank that comes too late waits in turn; when all call again, they save."""
+    in_time, too_late = ranks(2).run(late, str(tmp_path / "late"))
+    assert "was not called by ranks [1] within 1 s" in in_time
+    assert "was not called by ranks [0] within 1 s" in too_late
     assert not (tmp_path / "late").exists()
     assert ranks(2).run(saves, str(tmp_path / "good")) == [True, True]
 
@@ -282,7 +283,7 @@ def options() -> list[str]:
     model = transformers.GPT2Model(config(Case("GPT2Model")))
     return [
         _refusal(lambda: tensorpar.tensor_parallelism(check_batch=True).__enter__()),
-        _refusal(lambda: tensorpar.tensor_parallelism(check_batches=1).__enter__()),
+        _refusal(lambda: tensorpar.tensor_parallelism(check_batches=1).__enter__(), TypeError),
         _refusal(lambda: tensorpar.set_tensor_parallelism(model, sequence=True)),
     ]
 
