@@ -54,8 +54,6 @@ class Door:
 
     def _hang(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self.open, with_kwargs=True)
-        if not self._dropouts:
-            return
         module.register_forward_hook(self.close, always_call=True)
         for child in module.modules():
             if isinstance(child, RowParallel):
@@ -72,9 +70,16 @@ class Door:
             value = args_list[place] if place < len(args_list) else kwargs.get(name)
             if isinstance(value, Tensor):
                 holder[key] = copy_region(value, self.mesh)
-        if module.training and any(dropout.p > 0 for dropout in self._dropouts):
+        if module.training and self._draws(module):
             self.fork.enter(self.mesh.get_local_rank())
         return tuple(args_list), kwargs
+
+    def _draws(self, module: nn.Module) -> bool:
+        """Whether dropout is on: a layer inside, or a number that the forward hands to a kernel."""
+        numbers = (value for name, value in vars(module).items() if "dropout" in name)
+        return any(dropout.p > 0 for dropout in self._dropouts) or any(
+            isinstance(value, float) and value > 0 for value in numbers
+        )
 
     def close(self, *_: object) -> None:
         """Forward hook: back to the common stream."""

@@ -59,19 +59,21 @@ class Column:
             cut must fall between heads.
         stored: `"io"` for Hugging Face's Conv1D.
         optional: the child may be absent.
+        interleaved: the blocks alternate within each head, rather than follow each other.
     """
 
     blocks: Count = 1
     heads: str | None = None
     stored: Stored = "oi"
     optional: bool = False
+    interleaved: bool = False
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
         """The layout of each parameter of the child, by name."""
         axes, cut = ("h d", "h") if self.heads else ("o", "o")
         if self.blocks != 1:
-            axes = f"b {axes}"
+            axes = "h b d" if self.interleaved else f"b {axes}"
         joined = _join(axes)
         weight = f"{joined} i" if self.stored == "oi" else f"i {joined}"
         return {

@@ -108,3 +108,27 @@ def gptneo_config(
         eos_token_id=0,
         **{"attention_types": types, "window_size": 3, **changes},
     )
+
+
+def gptneox_config(
+    *,
+    layers: int = 2,
+    heads: int = 5,
+    head_size: int = 8,
+    inner: int = 83,
+    vocab: int = 97,
+    positions: int = 16,
+    **changes: Any,
+) -> transformers.GPTNeoXConfig:
+    """A tiny GPT-NeoX."""
+    return transformers.GPTNeoXConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_size=heads * head_size,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        bos_token_id=0,
+        eos_token_id=0,
+        **changes,
+    )

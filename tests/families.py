@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import transformers
 
-from tests.configs import bert_config, gpt2_config, gptj_config, gptneo_config
+from tests.configs import (
+    bert_config,
+    gpt2_config,
+    gptj_config,
+    gptneo_config,
+    gptneox_config,
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,21 @@ FAMILIES = (
             "GPTNeoForSequenceClassification",
             "GPTNeoForTokenClassification",
             "GPTNeoForQuestionAnswering",
+        ),
+    ),
+)
+#: families with a plan but no translators.
+PLANS_ONLY = (
+    FamilyCase(
+        "gptneox",
+        "gpt_neox",
+        gptneox_config,
+        "GPTNeoXForCausalLM",
+        heads=(
+            "GPTNeoXModel",
+            "GPTNeoXForSequenceClassification",
+            "GPTNeoXForTokenClassification",
+            "GPTNeoXForQuestionAnswering",
         ),
     ),
 )

@@ -23,17 +23,13 @@ from tests.conformance.gpt2 import (
     tensors_of,
     weights_of,
 )
-from tests.families import CASES, FAMILIES
+from tests.families import FAMILIES, PLANS_ONLY
 
 EXACT, BEHIND_FLOAT32 = 1e-10, 1e-6
 #: families whose attention Transformers computes in float32 whatever the model's dtype.
 IN_FLOAT32 = {"gptj", "gptneo"}
-HEADS = [(case.name, head) for case in FAMILIES for head in (case.model, *case.heads)]
-LANGUAGE = [
-    (case.name, head)
-    for case, head in [(CASES[name], head) for name, head in HEADS]
-    if any(part in head for part in ("LM", "PreTraining", "Double"))
-]
+CASES = {case.name: case for case in (*FAMILIES, *PLANS_ONLY)}
+HEADS = [(case.name, head) for case in CASES.values() for head in (case.model, *case.heads)]
 
 
 def build(family: str, head: str, *, parallel: bool, **options: Any) -> Any:
@@ -132,9 +128,9 @@ def trained_with_labels(family: str, head: str, parallel: bool) -> Tensors:
 
 
 def test_no_class_is_missed():
-    """The list names every model class that Transformers exports for the five families."""
+    """The list names every model class that Transformers exports for the families."""
     listed = {head for _, head in HEADS}
-    for case in FAMILIES:
+    for case in CASES.values():
         base = getattr(transformers, case.heads[0])
         module = inspect.getmodule(base)
         exported = {
@@ -233,7 +229,7 @@ def generated(family: str, parallel: bool) -> torch.Tensor:
     return model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=1)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "gptneo"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gptneo", "gptneox"])
 def test_generation_from_left_padded_prompts(ranks, family):
     """Greedy decoding with a cache picks the tokens of one process."""
     reference = generated(family, False)
