@@ -17,7 +17,7 @@ from tensorpar.delayed import EmptyOnMeta
 from tensorpar.mesh import world
 from tensorpar.options import Options, mark
 from tensorpar.parallelize import parallelize
-from tensorpar.registry import find
+from tensorpar.registry import find, fuses_attention
 
 
 class _Construction:
@@ -119,7 +119,7 @@ def set_tensor_parallelism(module: nn.Module, enabled: bool = True, **tp_config:
 def _watching() -> Iterator[None]:
     handle = register_module_module_registration_hook(_on_attachment)
     try:
-        with hf_compat.watch_construction(_on_finished_model):
+        with hf_compat.watch_construction(hf_compat.Watcher(_on_finished_model, _fuses)):
             yield
     finally:
         handle.remove()
@@ -133,6 +133,12 @@ def _on_attachment(parent: nn.Module, _name: str, child: nn.Module | None) -> No
     construction.attached(parent, options)
     if not child._modules:  # a leaf is never a parent, but its class may be registered
         construction.attached(child, options)
+
+
+def _fuses(module_cls: type) -> bool:
+    options = _options.get()
+    enabled = options is not None and options.enabled and options.fused_attention
+    return enabled and fuses_attention(module_cls)
 
 
 def _on_finished_model(model: nn.Module) -> None:

@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
 _lock = threading.Lock()
-_watchers: list[Callable[[nn.Module], None]] = []
+_watchers: list[Watcher] = []
 _originals: dict[str, Any] = {}
 
 
@@ -32,7 +33,13 @@ def model_class() -> type[nn.Module]:
     import transformers
     from transformers.modeling_utils import PreTrainedModel
 
-    for name in ("post_init", "from_pretrained", "save_pretrained", "_initialize_weights"):
+    for name in (
+        "post_init",
+        "from_pretrained",
+        "save_pretrained",
+        "initialize_weights",
+        "_check_and_adjust_attn_implementation",
+    ):
         if not hasattr(PreTrainedModel, name):
             raise RuntimeError(
                 f"transformers = {transformers.__version__} has no PreTrainedModel.{name}, "
@@ -41,30 +48,44 @@ def model_class() -> type[nn.Module]:
     return PreTrainedModel
 
 
-@contextmanager
-def watch_construction(finished: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Within: call `finished(model)` when the outermost constructor of a model is done.
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told of models under construction, in the thread that builds them.
 
-    A model counts as done at its own `post_init`, after initialisation and tying, or, if it is
-    loaded, when `from_pretrained` returns. `finished` is called in the thread that builds.
+    Attributes:
+        finished: called with a model when its outermost constructor is done: at its own
+            `post_init`, after initialisation and tying, or, if it is loaded, when
+            `from_pretrained` returns.
+        fuses: whether a class that Transformers has no sdpa for gets one; asking for it is then
+            no error.
     """
+
+    finished: Callable[[nn.Module], None]
+    fuses: Callable[[type], bool]
+
+
+@contextmanager
+def watch_construction(watcher: Watcher) -> Iterator[None]:
+    """Within: `watcher` is told; Transformers' own classes are put back at the end."""
     with _lock:
         if not _watchers:
             _patch()
-        _watchers.append(finished)
+        _watchers.append(watcher)
     try:
         yield
     finally:
         with _lock:
-            _watchers.remove(finished)
+            _watchers.remove(watcher)
             if not _watchers:
                 _restore()
 
 
 def _patch() -> None:
     cls: Any = model_class()
-    _originals.update(post_init=cls.post_init, from_pretrained=cls.__dict__["from_pretrained"])
+    names = ("post_init", "from_pretrained", "_check_and_adjust_attn_implementation")
+    _originals.update({name: cls.__dict__[name] for name in names})
     post_init, from_pretrained = cls.post_init, cls.from_pretrained.__func__
+    choose_attention = cls._check_and_adjust_attn_implementation
     loading = threading.local()
 
     @functools.wraps(post_init)
@@ -85,6 +106,14 @@ def _patch() -> None:
             _tell(model)
         return result
 
+    @functools.wraps(choose_attention)
+    def watched_choice(self: Any, asked: str | None, *args: Any, **kwargs: Any) -> Any:
+        if asked == "sdpa" and not self._supports_sdpa:
+            # what it calls eager is the maths that a fused class replaces
+            asked = "eager" if any(w.fuses(type(self)) for w in tuple(_watchers)) else asked
+        return choose_attention(self, asked, *args, **kwargs)
+
+    cls._check_and_adjust_attn_implementation = watched_choice
     cls.post_init = watched_post_init
     cls.from_pretrained = classmethod(watched_from_pretrained)
 
@@ -97,8 +126,8 @@ def _restore() -> None:
 
 
 def _tell(model: nn.Module) -> None:
-    for finished in _watchers:
-        finished(model)
+    for watcher in tuple(_watchers):
+        watcher.finished(model)
 
 
 def _inside_another_constructor(model: nn.Module, cls: type[nn.Module]) -> bool:

@@ -189,6 +189,11 @@ def plans(prefix: str) -> Iterator[Plan]:
             yield plan
 
 
+def fuses_attention(module_cls: type) -> bool:
+    """Whether the family of a model class has a fused attention of ours."""
+    return any(plan.fused is not None for plan in plans(f"{module_cls.__module__}."))
+
+
 def _add(module: type[nn.Module] | str, plan: Plan | Replacement) -> None:
     name = _name(module)
     # two classes may bear one name (local ones do); a name and a class may not

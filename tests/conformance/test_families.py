@@ -235,3 +235,28 @@ def test_generation_from_left_padded_prompts(ranks, family):
     reference = generated(family, False)
     for tokens in ranks(2).run(generated, family, True):
         assert torch.equal(tokens, reference)
+
+
+def built_with_sdpa(family: str) -> tuple[bool, bool, bool]:
+    """Whether sdpa is accepted inside the context, refused without fusing, and refused outside."""
+    config = CASES[family].config(attn_implementation="sdpa")
+    cls = getattr(transformers, CASES[family].model)
+
+    def refused() -> bool:
+        try:
+            cls(copy.deepcopy(config))
+        except ValueError:
+            return True
+        return False
+
+    with tensorpar.tensor_parallelism():
+        inside = refused()
+    with tensorpar.tensor_parallelism(fused_attention=False):
+        unfused = refused()
+    return inside, unfused, refused()
+
+
+@pytest.mark.parametrize("family", sorted(IN_FLOAT32))
+def test_sdpa_is_accepted_inside_the_context(ranks, family):
+    """Transformers refuses sdpa for these models; under tensor parallelism it is what they get."""
+    assert ranks(2).run(built_with_sdpa, family) == [(False, True, True)] * 2
