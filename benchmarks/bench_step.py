@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ def versions() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Seat:
+    """One process's place: its rank among how many, its threads, and where they meet."""
+
+    rank: int
+    num_ranks: int
+    threads: int
+    rendezvous: str
+
+
 class Contestant:
     """Processes that train one model, stepping when told to."""
 
@@ -129,8 +140,8 @@ class Contestant:
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            arguments = (theirs, args, rank, ranks, threads, f"{folder}/{ranks}")
-            process = context.Process(target=serve, args=arguments, daemon=True)
+            seat = Seat(rank, ranks, threads, f"{folder}/{ranks}")
+            process = context.Process(target=serve, args=(theirs, args, seat), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -152,20 +163,16 @@ class Contestant:
             process.join(timeout=10)
 
 
-def serve(
-    pipe: Any, args: argparse.Namespace, rank: int, ranks: int, threads: int, rendezvous: str
-) -> None:
-    torch.set_num_threads(threads)
-    step = training_step(args, rank, ranks, rendezvous)
+def serve(pipe: Any, args: argparse.Namespace, seat: Seat) -> None:
+    torch.set_num_threads(seat.threads)
+    step = training_step(args, seat)
     pipe.send(None)
     while pipe.recv():
         pipe.send(step())
 
 
-def training_step(
-    args: argparse.Namespace, rank: int, ranks: int, rendezvous: str
-) -> Callable[[], float]:
-    model = build(args, rank, ranks, rendezvous)
+def training_step(args: argparse.Namespace, seat: Seat) -> Callable[[], float]:
+    model = build(args, seat)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(1)
 
@@ -181,7 +188,7 @@ def training_step(
     return step
 
 
-def build(args: argparse.Namespace, rank: int, ranks: int, rendezvous: str) -> torch.nn.Module:
+def build(args: argparse.Namespace, seat: Seat) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -197,14 +204,17 @@ def build(args: argparse.Namespace, rank: int, ranks: int, rendezvous: str) -> t
         eos_token_id=0,
     )
     torch.manual_seed(0)
-    if ranks == 1:
+    if seat.num_ranks == 1:
         return GPT2LMHeadModel(config)
     import tensorpar
 
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
+        "gloo",
+        init_method=f"file://{seat.rendezvous}",
+        rank=seat.rank,
+        world_size=seat.num_ranks,
     )
-    tensorpar.init(tensor_parallel_degree=ranks)
+    tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
     with tensorpar.tensor_parallelism():
         return GPT2LMHeadModel(config)
 

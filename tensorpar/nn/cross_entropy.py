@@ -53,6 +53,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss_N: torch.Tensor) -> Any:
         x_NV, log_share_N, column_N, here_N = ctx.saved_tensors
         dx_NV = torch.softmax(x_NV, 1).mul_((log_share_N.exp() * dloss_N)[:, None])
+        without_N = log_share_N == -torch.inf  # all logits here are -inf, and softmax is nan
+        if x_NV.shape[1] and bool(without_N.any()):
+            dx_NV[without_N] = 0.0
         if x_NV.shape[1]:
             dx_NV.scatter_add_(1, column_N[:, None], (-dloss_N * here_N)[:, None])
         return dx_NV, None, None, None

@@ -67,6 +67,30 @@ def test_loss_and_gradient_are_torchs(ranks: Pool, size: int, reduction: str, **
     ranks(size).run(on_shards, num_rows, vocab, reduction, ignored, seed, scale)
 
 
+def banned_tokens(vocab: int) -> None:
+    """Loss and gradient where the second half of the vocabulary is ruled out."""
+    mesh = tensorpar.tp_mesh()
+    full, _ = _draw(3, vocab, 0, 1.0)
+    full[:2, vocab // 2 :] = -torch.inf
+    target = torch.tensor([0, 1, vocab - 1])
+    own = local_shard(full, mesh, 1).clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(own, target, vocab_size=vocab, mesh=mesh)
+    full.requires_grad_()
+    reference = F.cross_entropy(full, target)
+    loss.backward()
+    reference.backward()
+    _require_close(loss, reference)
+    _require_close(own.grad, local_shard(full.grad, mesh, 1))
+    assert own.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("vocab", [4, 8, 6])
+def test_tokens_of_probability_zero(ranks, vocab, size):
+    """Logits of -inf, on whole shards too, give torch's loss and gradients, not nan."""
+    ranks(size).run(banned_tokens, vocab)
+
+
 def refusals() -> list[str]:
     """What wrong targets and reductions are told."""
     mesh = tensorpar.tp_mesh()
