@@ -72,7 +72,10 @@ class ModelDoor:
         self.fork = Fork()
         self._steps = 0
         self._forwards: list[_Forward] = []
-        self._names = list(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters
+        self._names = list(parameters)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._takes_return_dict = takes_any or "return_dict" in parameters
         inner = (module for module in model.modules() if module is not model)
         self._records_attentions = hf_compat.is_model(model) and not any(
             hf_compat.is_model(module) for module in inner
@@ -97,7 +100,8 @@ class ModelDoor:
             ValueError: the ranks' arguments differ; on every rank.
         """
         is_hf = hf_compat.is_model(model)
-        as_tuple = is_hf and not hf_compat.returns_dict(model, kwargs)
+        asks_for_dict = is_hf and self._takes_return_dict
+        as_tuple = asks_for_dict and not hf_compat.returns_dict(model, kwargs)
         forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
         self._forwards.append(forward)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -107,7 +111,7 @@ class ModelDoor:
             forward.contexts.enter_context(ShardedLoss())
         if is_hf and hf_compat.records_attentions(model, given):
             forward.contexts.enter_context(recording_attentions())
-        return args, {**kwargs, "return_dict": True} if is_hf else kwargs
+        return args, {**kwargs, "return_dict": True} if asks_for_dict else kwargs
 
     def _enter_outermost(
         self, model: nn.Module, given: dict[str, Any], contexts: ExitStack

@@ -113,7 +113,7 @@ def vocab_parallel_cross_entropy(
 
 
 class _AnswerCrossEntropy(TorchFunctionMode):
-    """Answers `F.cross_entropy` where its logits are sharded on their last dim."""
+    """Answers `F.cross_entropy` where its logits are sharded on their last or their class dim."""
 
     def __torch_function__(
         self,
@@ -129,7 +129,7 @@ class _AnswerCrossEntropy(TorchFunctionMode):
 
 def _is_vocab_sharded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     logits = args[0] if args else kwargs.get("input")
-    return isinstance(logits, DTensor) and shard_dim(logits) == logits.ndim - 1
+    return isinstance(logits, DTensor) and shard_dim(logits) in (1, logits.ndim - 1)
 
 
 def _cross_entropy(

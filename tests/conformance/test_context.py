@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from tests.conformance.gpt2 import (
     build,
     config,
     detached,
+    gradients_of,
     perturbed,
     require_close,
     require_equal_ranks,
@@ -49,6 +49,15 @@ class Mine(transformers.GPT2LMHeadModel):
         output = super().forward(*args, **kwargs, output_hidden_states=True)
         output["extra"] = self.own(output.hidden_states[-1])
         return output
+
+
+class Terse(transformers.GPT2LMHeadModel):
+    """A user's forward that takes two arguments and returns a loss."""
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        """A loss on logits whose classes are the second dim."""
+        logits = self.lm_head(self.transformer(ids).last_hidden_state)
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
 
 
 class Failing(transformers.GPT2LMHeadModel):
@@ -244,16 +253,31 @@ def subclass(parallel: bool) -> Tensors:
     """Outputs of a user's subclass of a Transformers model."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    with tensorpar.tensor_parallelism(enabled=parallel) if parallel else _nothing():
+    with tensorpar.tensor_parallelism() if parallel else nullcontext():
         model = Mine(config(PLAIN))
     torch.set_default_dtype(torch.float32)
     assert is_parallel(model) == parallel
     return outputs(model, PLAIN) | detached(weights_of(model), "weight")
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def terse(parallel: bool) -> Tensors:
+    """Loss and gradients of a forward that knows nothing of `return_dict`."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    with tensorpar.tensor_parallelism() if parallel else nullcontext():
+        model = Terse(config(PLAIN))
+    torch.set_default_dtype(torch.float32)
+    ids = batch(PLAIN)["input_ids"]
+    loss = model(ids, ids)
+    loss.backward()
+    return detached({"loss": loss}, "train") | detached(gradients_of(model), "gradient")
+
+
+def test_a_forward_of_the_users_own_signature(ranks):
+    """A forward without keyword arguments that returns a loss equals one process."""
+    results = ranks(2).run(terse, True)
+    require_equal_ranks(results)
+    require_close(results[0], terse(False), 1e-10)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -155,6 +155,8 @@ def in_a_model(how: str, form: dict[str, Any], dtype: torch.dtype) -> None:
     head, full = Head(weight), weight.clone().requires_grad_()
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
+        if how == "transposed":
+            return F.cross_entropy(logits.transpose(1, 2), target, **form)
         flat, labels = logits.to(dtype).view(-1, 11), target.view(-1)
         if how == "module":
             return nn.CrossEntropyLoss(**form)(flat, labels)
@@ -179,7 +181,7 @@ def in_a_model(how: str, form: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("how", ["function", "module", "keywords"])
+@pytest.mark.parametrize("how", ["function", "module", "keywords", "transposed"])
 @pytest.mark.parametrize("form", FORMS)
 def test_torchs_own_call_is_answered(ranks, form, how, size):
     """`F.cross_entropy` and `CrossEntropyLoss` take sharded logits in a model's forward."""
