@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tensorpar.collectives import copy_region
 from tensorpar.nn.linear import RowParallel
 from tensorpar.random import Fork
+from tensorpar.region import close_region, open_region
 
 
 def check_arguments(module: nn.Module, enter: tuple[str, ...]) -> list[str]:
@@ -70,6 +71,8 @@ class Door:
             value = args_list[place] if place < len(args_list) else kwargs.get(name)
             if isinstance(value, Tensor):
                 holder[key] = copy_region(value, self.mesh)
+        if self._places:
+            open_region(self.mesh)
         if module.training and self._draws(module):
             self.fork.enter(self.mesh.get_local_rank())
         return tuple(args_list), kwargs
@@ -82,5 +85,6 @@ class Door:
         )
 
     def close(self, *_: object) -> None:
-        """Forward hook: back to the common stream."""
+        """Forward hook: back to what all ranks share."""
+        close_region()
         self.fork.leave()

@@ -30,6 +30,7 @@ from tensorpar.nn.cross_entropy import ShardedLoss
 from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
+from tensorpar.region import close_region
 
 #: for how many forwards of a model the content of the batch is compared, not only its shape.
 CONTENT_STEPS = 10
@@ -102,6 +103,7 @@ class ModelDoor:
         is_hf = hf_compat.is_model(model)
         asks_for_dict = is_hf and self._takes_return_dict
         as_tuple = asks_for_dict and not hf_compat.returns_dict(model, kwargs)
+        close_region()  # an exception may have left one open
         forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
         self._forwards.append(forward)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}

@@ -22,8 +22,9 @@ from tensorpar.empty_shards import answer_empty_shards
 from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.nn.vocabulary import VocabParallel as VocabParallelEmbedding
 from tensorpar.nn.vocabulary import VocabParallelHead
-from tensorpar.parameters import LocalParameters, local_shard, mix_in, parameter
+from tensorpar.parameters import local_shard, mix_in, parameter
 from tensorpar.partition import chunk_bounds, chunk_sizes
+from tensorpar.region import LocalParameters
 from tensorpar.registry import Plan
 from tensorpar.styles import Column, Layout, OwnParameter, Row, Style
 
@@ -167,6 +168,13 @@ def check(module: nn.Module, plan: Plan) -> None:
     for name in plan.divide:
         _share(module, name, heads, 1, 0)
     check_arguments(module, plan.enter)
+    own = {name for name, style in plan.children.items() if isinstance(style, OwnParameter)}
+    if plan.enter and (inside := sorted(module._parameters.keys() - own)):
+        raise ValueError(
+            f"{type(module).__name__} has enter = {plan.enter} and parameters {inside} of its own, "
+            "required: not both, since one may be used before the sharded layers and one after; "
+            "leave `enter` empty, and each column layer enters by itself"
+        )
 
 
 def _num_heads(module: nn.Module, children: Mapping[str, tuple[nn.Module, Style]]) -> int | None:

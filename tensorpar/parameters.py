@@ -68,26 +68,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class LocalParameters:
-    """Mixed into the class of a module with replicated parameters: its forward sees them plain.
-
-    The module stays an instance of its own class; only while its forward runs do its parameters
-    read as local tensors.
-    """
-
-    _parameters: dict[str, torch.Tensor | None]
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        """The class's own forward, on local tensors."""
-        shelf = self._parameters
-        plain = {name: None if p is None else local(p) for name, p in shelf.items()}
-        self.__dict__["_parameters"] = plain
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.__dict__["_parameters"] = shelf
-
-
 def shard_in_place(module: nn.Module, dims: Mapping[str, int | None], mesh: DeviceMesh) -> None:
     """Replace full parameters of `module` by DTensors; a name whose parameter is None is left."""
     for name, dim in dims.items():

@@ -71,7 +71,10 @@ def register(
         module: the class, or its dotted name, which is not imported.
         divide: integer attributes its forward reads (head counts, split sizes) that must become
             this rank's share. In a plan with heads they are multiples of the head count.
-        enter: names of forward arguments, the same on all ranks, that the column layers read.
+        enter: names of forward arguments, the same on all ranks, that the column layers read; the
+            module may then have no parameter of its own. Empty: each column layer enters by
+            itself, at the price of an all-reduce each in backward, and the module's own
+            parameters count as used outside the sharded part.
         mixin: a class whose forward replaces the module's own, where its maths must change.
         fused: a class whose attention maths does, unless `fused_attention=False`.
         at: where a state dict keeps instances; only translation without a model needs it.

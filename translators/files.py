@@ -8,8 +8,10 @@ from os import PathLike
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from tensorpar.families import FAMILIES
 from tensorpar.gathering import annotated
@@ -68,7 +70,8 @@ def load_hf(model: nn.Module, path: str | PathLike[str]) -> None:
         }
         what = f"{path} does not fit the {type(model).__name__}"
         refuse(what, _problems(targets, chosen, sources))
-        for target in targets:
+        quiet = dist.is_initialized() and dist.get_rank() > 0
+        for target in tqdm(targets, desc="loading", unit="tensor", disable=quiet):
             _fill(target, sources[str(chosen[target.names[0]])])
 
 

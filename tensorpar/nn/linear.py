@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tensorpar.collectives import copy_region, gather_region, reduce_region
 from tensorpar.mesh import tp_mesh
 from tensorpar.parameters import local, mixture, shard_in_place
+from tensorpar.region import close_region, open_region
 
 
 def _at_least_one_head(shard: torch.Tensor, dim: int | None) -> torch.Tensor:
@@ -70,6 +71,7 @@ class ColumnParallel:
             bias = _at_least_one_head(local(bias), self.heads_dim).flatten()
         output = F.linear(input, weight, bias)
         if not self.gather_output:
+            open_region(self.mesh)
             return output
         features = self.weight.shape[:-1].numel()
         return gather_region(output, output.ndim - 1, features, self.mesh)
@@ -94,6 +96,7 @@ class RowParallel:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., this rank's features]` to `[..., out]`, the same on all ranks unless partial."""
+        close_region()
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
         if self.partial:
             bias = None if self.bias is None else _OnFirstRank.apply(local(self.bias), self.mesh)

@@ -7,18 +7,21 @@ one, so a test says what the user's script says. Five heads, a vocabulary of 97 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 import tensorpar
 from tensorpar.gathering import hf_layout, whole_tensors
+from tensorpar.nn.linear import ColumnParallel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -178,6 +181,29 @@ def gradients_of(model: nn.Module) -> Tensors:
 def detached(tensors: Tensors, prefix: str) -> Tensors:
     """Copies that can travel, under a prefix."""
     return {f"{prefix}/{name}": value.detach().clone() for name, value in tensors.items()}
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Whether every parameter is a DTensor, and a class with a plan has parallel layers."""
+    kinds = {isinstance(p, DTensor) for p in model.parameters()}
+    columns = {isinstance(m, ColumnParallel) for m in model.modules() if isinstance(m, Conv1D)}
+    assert len(kinds) == 1
+    assert columns in ({False}, {True, False})
+    assert kinds == {True in columns}
+    return kinds.pop()
+
+
+def outputs(model: Any, case: Case) -> Tensors:
+    """What the model computes in eval mode."""
+    with torch.no_grad():
+        return detached(tensors_of(model.eval()(**batch(case))), "eval")
+
+
+def refusal(call: Callable[[], Any], error: type[Exception] = ValueError) -> str:
+    """The message with which a call is refused."""
+    with pytest.raises(error) as raised:
+        call()
+    return str(raised.value)
 
 
 def require_equal_ranks(results: list[Tensors]) -> None:

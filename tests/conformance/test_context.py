@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -11,24 +10,21 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 import tensorpar
-from tensorpar.nn.linear import ColumnParallel
 from tests.conformance.gpt2 import (
     Case,
     Tensors,
     batch,
-    build,
     config,
     detached,
     gradients_of,
-    perturbed,
+    is_parallel,
+    outputs,
     require_close,
     require_equal_ranks,
-    tensors_of,
     weights_of,
 )
 
@@ -84,22 +80,6 @@ class Discarded(nn.Module):
         super().__init__()
         self.model = transformers.GPT2Model(config(BASE))
         raise ArithmeticError("on purpose")
-
-
-def is_parallel(model: nn.Module) -> bool:
-    """Whether every parameter is a DTensor, and a class with a plan has parallel layers."""
-    kinds = {isinstance(p, DTensor) for p in model.parameters()}
-    columns = {isinstance(m, ColumnParallel) for m in model.modules() if isinstance(m, Conv1D)}
-    assert len(kinds) == 1
-    assert columns in ({False}, {True, False})
-    assert kinds == {True in columns}
-    return kinds.pop()
-
-
-def outputs(model: Any, case: Case) -> Tensors:
-    """What the model computes in eval mode."""
-    with torch.no_grad():
-        return detached(tensors_of(model.eval()(**batch(case))), "eval")
 
 
 def many_models() -> dict[str, bool]:
@@ -194,61 +174,6 @@ def test_another_threads_model_is_left_alone(ranks):
     assert ranks(2).run(in_two_threads) == [{"other": False, "own": True}] * 2
 
 
-def finished(how: str, parallel: bool) -> Tensors:
-    """Outputs and weights of a model that was made parallel after it got its weights."""
-    model = perturbed(Case(), parallel=False)
-    if parallel and how == "parallelize":
-        assert tensorpar.parallelize(model) is model
-        tensorpar.parallelize(model)  # a second time changes nothing
-    elif parallel:
-        tensorpar.set_tensor_parallelism(model)
-        model = tensorpar.DistributedModel(model).get_module()
-    assert is_parallel(model) == parallel
-    return outputs(model, PLAIN) | detached(weights_of(model), "weight")
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("how", ["parallelize", "mark"])
-def test_a_finished_model_keeps_its_weights(ranks, how, size):
-    """`parallelize`, or a mark carried out by `DistributedModel`, changes where weights live."""
-    results = ranks(size).run(finished, how, True)
-    require_equal_ranks(results)
-    require_close(results[0], finished(how, False), 1e-10 if size > 1 else 1e-12)
-
-
-def marked_in_part() -> list[bool]:
-    """Whether each block's attention is sharded, when one block is marked off."""
-    model = build(Case(), parallel=False)
-    tensorpar.set_tensor_parallelism(model)
-    tensorpar.set_tensor_parallelism(model.transformer.h[1], enabled=False)
-    wrapped = tensorpar.DistributedModel(model)
-    reference = build(Case(), parallel=False)
-    require_close(outputs(wrapped.module, PLAIN), outputs(reference, PLAIN), 1e-10)
-    return [isinstance(block.attn.c_attn, ColumnParallel) for block in model.transformer.h]
-
-
-def test_a_mark_further_inside_wins(ranks):
-    """A block that is marked off stays whole, replicated, and the model computes the same."""
-    assert ranks(2).run(marked_in_part) == [[True, False]] * 2
-
-
-def unmarked() -> tuple[bool, bool]:
-    """How `DistributedModel` takes a model that nobody marked."""
-    wrapped = tensorpar.DistributedModel(build(Case(), parallel=False))
-    parameters = list(wrapped.parameters())
-    reference = build(Case(), parallel=False)
-    require_close(outputs(wrapped.module, PLAIN), outputs(reference, PLAIN), 1e-10)
-    return (
-        all(isinstance(p, DTensor) for p in parameters),
-        any(wrapped.is_distributed_parameter(p) for p in parameters),
-    )
-
-
-def test_an_unmarked_model_is_replicated(ranks):
-    """Without context or mark every parameter is a replicated DTensor."""
-    assert ranks(2).run(unmarked) == [(True, False)] * 2
-
-
 def subclass(parallel: bool) -> Tensors:
     """Outputs of a user's subclass of a Transformers model."""
     torch.manual_seed(0)
@@ -286,56 +211,3 @@ def test_a_subclass_is_parallel_by_its_parents_plan(ranks, size):
     results = ranks(size).run(subclass, True)
     require_equal_ranks(results)
     require_close(results[0], subclass(False), 1e-10)
-
-
-def deep_copied() -> dict[str, bool]:
-    """A copy of a parallel model beside its original, after a step of the copy only."""
-    model = perturbed(Case(), parallel=True)
-    twin = copy.deepcopy(model)
-    found = {
-        "tied": twin.lm_head.weight is twin.transformer.wte.weight,
-        "own": twin.lm_head.weight is not model.lm_head.weight,
-        "bound to itself": twin.save_pretrained.__self__ is twin,
-    }
-    before, copied = outputs(model, PLAIN), outputs(twin, PLAIN)
-    found["equal"] = all(torch.equal(copied[name], x) for name, x in before.items())
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
-    twin.train()(**batch(Case())).loss.backward()
-    optimizer.step()
-    after, stepped = outputs(model, PLAIN), outputs(twin, PLAIN)
-    found["original unmoved"] = all(torch.equal(after[name], x) for name, x in before.items())
-    found["copy moved"] = not any(torch.equal(stepped[name], x) for name, x in before.items())
-    greedy = {"max_new_tokens": 3, "do_sample": False}
-    prompt = batch(PLAIN)["input_ids"][:, :4]
-    found["generates"] = not torch.equal(
-        model.generate(prompt, **greedy), torch.zeros(3, 7, dtype=torch.int64)
-    )
-    return found
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_deep_copy_is_a_parallel_model_of_its_own(ranks, size):
-    """`copy.deepcopy` keeps the tie, computes the same, and shares nothing with the original."""
-    for found in ranks(size).run(deep_copied):
-        assert all(found.values()), found
-
-
-def moved(dtype: torch.dtype) -> dict[str, bool]:
-    """A parallel model after `.to(dtype)`."""
-    model = build(Case(), parallel=True).to(dtype)
-    loss = model.train()(**batch(Case())).loss
-    loss.backward()
-    return {
-        "dtype": {p.dtype for p in model.parameters()} == {dtype},
-        "gradient": {p.grad.dtype for p in model.parameters()} == {dtype},
-        "parallel": is_parallel(model),
-        "tied": model.lm_head.weight is model.transformer.wte.weight,
-        "finite": bool(loss.isfinite()),
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parallel_model_changes_its_dtype(ranks, dtype):
-    """`model.to(dtype)` keeps parameters DTensors, tied and trainable."""
-    for found in ranks(4).run(moved, dtype):
-        assert all(found.values()), found

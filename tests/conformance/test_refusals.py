@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +11,7 @@ import transformers
 from torch import nn
 
 import tensorpar
-from tests.conformance.gpt2 import DROPOUT, Case, batch, build, config, perturbed
-
-SHORT = timedelta(seconds=1)
-
-
-def _refusal(call: Callable[[], Any], error: type[Exception] = ValueError) -> str:
-    with pytest.raises(error) as raised:
-        call()
-    return str(raised.value)
+from tests.conformance.gpt2 import DROPOUT, Case, batch, build, config, refusal
 
 
 def _own(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +38,7 @@ def batches(kind: str) -> tuple[str, bool]:
     if kind.endswith("on one") and rank:
         bad = {"input_ids": ids}
     torch.manual_seed(rank if kind == "seed" else 0)
-    told = _refusal(lambda: model(**bad))
+    told = refusal(lambda: model(**bad))
     torch.manual_seed(0)
     model(**good).loss.backward()
     return told, all(p.grad is not None for p in model.parameters())
@@ -98,7 +86,7 @@ def unlike_models(kind: str) -> str:
             model.transformer.h[0].mlp.c_fc.weight.mul_(1 + rank)
         return tensorpar.parallelize(model)
 
-    return _refusal(finished if kind == "weights" else build_own)
+    return refusal(finished if kind == "weights" else build_own)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +133,7 @@ def broken_plan(kind: str) -> tuple[str, bool]:
     try:
         torch.manual_seed(0)
         module = Broken(5)
-        told = _refusal(lambda: tensorpar.parallelize(module), Exception)
+        told = refusal(lambda: tensorpar.parallelize(module), Exception)
         untouched = type(module.up) is nn.Linear and type(module.up.weight) is nn.Parameter
         return told, untouched
     finally:
@@ -166,10 +154,10 @@ def registered_twice() -> list[str]:
     try:
         name = f"{Broken.__module__}.{Broken.__qualname__}"
         return [
-            _refusal(lambda: tensorpar.register(Broken, up=tensorpar.Column())),
-            _refusal(lambda: tensorpar.register(name, up=tensorpar.Column())),
-            _refusal(lambda: tensorpar.tp_register_with_module(Broken, Broken)),
-            _refusal(
+            refusal(lambda: tensorpar.register(Broken, up=tensorpar.Column())),
+            refusal(lambda: tensorpar.register(name, up=tensorpar.Column())),
+            refusal(lambda: tensorpar.tp_register_with_module(Broken, Broken)),
+            refusal(
                 lambda: tensorpar.register(
                     "transformers.models.gpt2.modeling_gpt2.GPT2MLP", c_fc=tensorpar.Column()
                 )
@@ -195,7 +183,7 @@ def stale_optimizer(parallelize: str) -> str:
     else:
         tensorpar.parallelize(model)
     model(**batch(Case())).loss.backward()
-    return _refusal(optimizer.step, RuntimeError)
+    return refusal(optimizer.step, RuntimeError)
 
 
 @pytest.mark.parametrize("parallelize", ["function", "wrapper"])
@@ -203,62 +191,6 @@ def test_an_optimizer_built_too_early_is_refused(ranks, parallelize):
     """Stepping an optimizer that holds replaced parameters raises instead of training nothing."""
     for told in ranks(2).run(stale_optimizer, parallelize):
         assert "build the optimizer after the model is parallel" in told
-
-
-def one_is_missing(call: str, folder: str, absent: int) -> tuple[str, float]:
-    """What present ranks are told when one never makes a collective call, and how soon."""
-    model = tensorpar.DistributedModel(perturbed(Case(), parallel=True))
-    start = time.monotonic()
-    if tensorpar.rank() == absent:
-        return "", 0.0
-    calls = {
-        "save_pretrained": lambda: model.save_pretrained(folder, timeout=SHORT),
-        "DistributedModel.state_dict": lambda: model.state_dict(timeout=SHORT),
-        "gather_to_rank0": lambda: model.state_dict(gather_to_rank0=True, timeout=SHORT),
-    }
-    return _refusal(calls[call], TimeoutError), time.monotonic() - start
-
-
-@pytest.mark.parametrize(
-    ("call", "named"),
-    [
-        ("save_pretrained", "save_pretrained"),
-        ("DistributedModel.state_dict", "DistributedModel.state_dict"),
-        ("gather_to_rank0", "DistributedModel.state_dict"),
-    ],
-)
-@pytest.mark.parametrize("absent", [0, 2])  # in one world: each round is given up on its own
-def test_a_missing_rank_ends_in_a_timeout(ranks, tmp_path, call, named, absent):
-    """Present ranks raise a TimeoutError naming call and absent rank; nothing is written."""
-    folder = tmp_path / "out"
-    results = ranks(4).run(one_is_missing, call, str(folder), absent)
-    for rank, (told, seconds) in enumerate(results):
-        if rank != absent:
-            assert f"{named} was not called by ranks [{absent}] within 1 s" in told
-            assert seconds < 10
-    assert not folder.exists()
-
-
-def late(folder: str) -> str:
-    """What a rank is told that calls when the other has given up."""
-    model = perturbed(Case(), parallel=True)
-    time.sleep(2.0 * (tensorpar.rank() == 1))
-    return _refusal(lambda: model.save_pretrained(folder, timeout=SHORT), TimeoutError)
-
-
-def saves(folder: str) -> bool:
-    """Whether all ranks can save."""
-    perturbed(Case(), parallel=True).save_pretrained(folder, timeout=timedelta(seconds=20))
-    return (Path(folder) / "config.json").exists()
-
-
-def test_a_late_rank_is_told_too_and_all_can_save_again(ranks, tmp_path):
-    """A rank that comes too late waits in turn; when all call again, they save."""
-    in_time, too_late = ranks(2).run(late, str(tmp_path / "late"))
-    assert "was not called by ranks [1] within 1 s" in in_time
-    assert "was not called by ranks [0] within 1 s" in too_late
-    assert not (tmp_path / "late").exists()
-    assert ranks(2).run(saves, str(tmp_path / "good")) == [True, True]
 
 
 def idle_warnings() -> list[str]:
@@ -282,9 +214,9 @@ def options() -> list[str]:
     """What unknown or wrong options are told."""
     model = transformers.GPT2Model(config(Case("GPT2Model")))
     return [
-        _refusal(lambda: tensorpar.tensor_parallelism(check_batch=True).__enter__()),
-        _refusal(lambda: tensorpar.tensor_parallelism(check_batches=1).__enter__(), TypeError),
-        _refusal(lambda: tensorpar.set_tensor_parallelism(model, sequence=True)),
+        refusal(lambda: tensorpar.tensor_parallelism(check_batch=True).__enter__()),
+        refusal(lambda: tensorpar.tensor_parallelism(check_batches=1).__enter__(), TypeError),
+        refusal(lambda: tensorpar.set_tensor_parallelism(model, sequence=True)),
     ]
 
 
@@ -321,7 +253,7 @@ def later_steps(num_good: int) -> tuple[bool, str]:
         model(_own(ids))
     except ValueError:
         accepted = False
-    return accepted, _refusal(lambda: model(ids[:, : 11 - tensorpar.tp_rank()]))
+    return accepted, refusal(lambda: model(ids[:, : 11 - tensorpar.tp_rank()]))
 
 
 @pytest.mark.parametrize(("num_good", "accepted"), [(9, False), (10, True)])
