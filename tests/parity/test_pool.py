@@ -1,4 +1,4 @@
-"""The pool itself: order, failures on any rank, and what a job costs."""
+"""The pool itself: order, failures on any rank, and clean starts."""
 
 from __future__ import annotations
 
@@ -72,15 +72,6 @@ def test_jobs_start_clean(ranks):
         False,
         False,
     ]
-
-
-def test_jobs_are_cheap(ranks):
-    """A job in a world that exists costs milliseconds, so tests need not share any."""
-    ranks(2).run(_who_am_i)
-    start = time.perf_counter()
-    for _ in range(20):
-        ranks(2).run(_who_am_i)
-    assert (time.perf_counter() - start) / 20 < 0.1
 
 
 def test_failures_show_every_rank_and_leave_nothing(own_pool):
