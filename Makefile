@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench shards lint types clean
+.PHONY: demo test bench shards features lint types clean
 
 demo: .venv/examples
 	$(BIN)/python examples/train_gpt2.py --out out
@@ -20,6 +20,9 @@ types: .venv/test
 
 shards: .venv/examples
 	$(BIN)/python examples/gpt2_xl_shards.py
+
+features: .venv/test
+	$(BIN)/python -m pytest --collect-only --quiet --features=README.md
 
 bench: .venv/examples
 	$(BIN)/python benchmarks/bench_step.py

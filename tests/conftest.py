@@ -10,6 +10,8 @@ from hypothesis import settings
 
 from tests.pool import Pool
 
+pytest_plugins = ["tests.features"]
+
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

@@ -25,6 +25,7 @@ class FamilyCase:
 
     Attributes:
         name: for test ids; also the module in `tensorpar.translators`.
+        title: for readers.
         model_type: Transformers' name.
         config: makes a tiny config from sizes that have the same names for all families; the
             defaults divide by no world size.
@@ -35,6 +36,7 @@ class FamilyCase:
     """
 
     name: str
+    title: str
     model_type: str
     config: Callable[..., Any]
     model: str
@@ -62,6 +64,7 @@ CROSS = {"is_decoder": True, "add_cross_attention": True}
 FAMILIES = (
     FamilyCase(
         "gpt2",
+        "GPT-2",
         "gpt2",
         gpt2_config,
         "GPT2LMHeadModel",
@@ -76,6 +79,7 @@ FAMILIES = (
     ),
     FamilyCase(
         "bert",
+        "BERT",
         "bert",
         bert_config,
         "BertForMaskedLM",
@@ -94,6 +98,7 @@ FAMILIES = (
     ),
     FamilyCase(
         "roberta",
+        "RoBERTa",
         "roberta",
         partial(bert_config, config=transformers.RobertaConfig),
         "RobertaForMaskedLM",
@@ -110,6 +115,7 @@ FAMILIES = (
     ),
     FamilyCase(
         "gptj",
+        "GPT-J",
         "gptj",
         gptj_config,
         "GPTJForCausalLM",
@@ -117,6 +123,7 @@ FAMILIES = (
     ),
     FamilyCase(
         "gptneo",
+        "GPT-Neo",
         "gpt_neo",
         gptneo_config,
         "GPTNeoForCausalLM",
@@ -132,6 +139,7 @@ FAMILIES = (
 PLANS_ONLY = (
     FamilyCase(
         "gptneox",
+        "GPT-NeoX",
         "gpt_neox",
         gptneox_config,
         "GPTNeoXForCausalLM",
