@@ -26,6 +26,7 @@ features: .venv/test
 
 bench: .venv/examples
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_attention_memory.py
 
 # a stamp file per extra, renewed when the requirements change; torch first, since the exact
 # version decides which build is taken
