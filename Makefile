@@ -1,21 +1,30 @@
-# Each target does all its own set-up in .venv; only Python 3.11+ and make are needed.
-# EXTRA is what the target needs beyond the package itself.
+# Each target does all its own set-up in .venv, and for the oldest versions in .venv-oldest; only
+# Python 3.11+ and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# what meets Transformers; the rest does not depend on its version
+OLDEST_TESTS := tests/unit tests/conformance/test_families.py tests/conformance/test_saving.py \
+	tests/conformance/test_versions.py tests/conformance/test_gpt2_init.py
 
-.PHONY: demo test bench shards features lint types clean
+.PHONY: demo test test-newest test-oldest bench shards features lint types clean
 
 demo: .venv/examples
 	$(BIN)/python examples/train_gpt2.py --out out
 
-test: lint types
+test: lint types test-newest test-oldest
+
+test-newest: .venv/test
 	$(BIN)/python -m pytest
 
-lint: .venv/test
+# the lower ends of setup.cfg's ranges
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
+
+lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/test
+types: .venv/lint
 	$(BIN)/mypy
 
 shards: .venv/examples
@@ -28,13 +37,21 @@ bench: .venv/examples
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
 
-# a stamp file per extra, renewed when the requirements change; torch first, since the exact
-# version decides which build is taken
-.venv/%: setup.cfg pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+# a virtual environment, its constraints: installs the extra that the target is named after; torch
+# first, since the exact version decides which build is taken
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet $$(grep '^torch==' $(2))
+	$(1)/bin/pip install --quiet --constraint $(2) --editable '.[$*]'
 	touch $@
+endef
+
+# a stamp file per extra, renewed when the requirements change
+.venv/%: setup.cfg pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt)
+
+.venv-oldest/%: setup.cfg pyproject.toml constraints-oldest.txt
+	$(call install,.venv-oldest,constraints-oldest.txt)
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .venv-oldest out build *.egg-info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from operator import attrgetter
 
 import torch
@@ -188,11 +189,10 @@ def _children(module: nn.Module, plan: Plan) -> dict[str, tuple[nn.Module, Style
     for name, style in plan.children.items():
         if isinstance(style, OwnParameter):
             continue
-        try:
-            found[name] = module.get_submodule(name), style
-        except AttributeError:
-            if not style.optional:
-                missing.append(name)
+        if (child := _child(module, name, style.formerly)) is not None:
+            found[name] = child, style
+        elif not style.optional:
+            missing.append(name)
     if missing:
         import transformers
 
@@ -202,6 +202,14 @@ def _children(module: nn.Module, plan: Plan) -> dict[str, tuple[nn.Module, Style
             f"{transformers.__version__}. Register a plan that fits this version"
         )
     return found
+
+
+def _child(module: nn.Module, *names: str | None) -> nn.Module | None:
+    """The first that there is."""
+    for name in filter(None, names):
+        with suppress(AttributeError):
+            return module.get_submodule(name)
+    return None
 
 
 def _axis_sizes(module: nn.Module, style: Style) -> dict[str, int]:

@@ -23,7 +23,7 @@ from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
 from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
-from tensorpar.registry import Plan, find
+from tensorpar.registry import Plan, find, require_classes
 from tensorpar.replace import replace_children
 from tensorpar.saving import bind
 
@@ -45,12 +45,15 @@ def parallelize(
 
     Raises:
         RuntimeError: before `init`.
-        AttributeError: a plan names a child, attribute or argument that a class does not have.
+        AttributeError: a plan names a class, child, attribute or argument that is not there.
         ValueError: the ranks' models differ, or a size does not fit its plan.
     """
     mesh = mesh or tp_mesh()
     options = options or Options()
     _require_same_model(model, mesh)
+    for module in model.modules():
+        if hf_compat.is_model(module):
+            require_classes(type(module))
     replace_children(model, options)
     chosen = effective(model, options)
     plans = {

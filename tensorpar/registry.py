@@ -6,6 +6,7 @@ Plans are found along the method resolution order, so a subclass is served by it
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -190,6 +191,27 @@ def plans(prefix: str) -> Iterator[Plan]:
     for key, plan in _plans.items():
         if isinstance(key, str) and key.startswith(prefix) and isinstance(plan, Plan):
             yield plan
+
+
+def require_classes(model_cls: type) -> None:
+    """Raise unless the modules that define a model class have every class a plan names there.
+
+    What the library has renamed would not be found, and stay whole on every rank without a word.
+
+    Raises:
+        AttributeError: a class is missing.
+    """
+    for home in dict.fromkeys(cls.__module__ for cls in model_cls.__mro__):
+        module = sys.modules.get(home)
+        named = (key.rpartition(".") for key in _plans if isinstance(key, str))
+        missing = [name for path, _, name in named if path == home and not hasattr(module, name)]
+        if missing:
+            package = home.partition(".")[0]
+            version = getattr(sys.modules.get(package), "__version__", "unknown")
+            raise AttributeError(
+                f"{home} has no {missing}, required by the plans of {model_cls.__name__}; "
+                f"{package} = {version}. Register plans that fit this version"
+            )
 
 
 def fuses_attention(module_cls: type) -> bool:

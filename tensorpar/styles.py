@@ -60,6 +60,7 @@ class Column:
         stored: `"io"` for Hugging Face's Conv1D.
         optional: the child may be absent.
         interleaved: the blocks alternate within each head, rather than follow each other.
+        formerly: the child's name in older versions of its library.
     """
 
     blocks: Count = 1
@@ -67,6 +68,7 @@ class Column:
     stored: Stored = "oi"
     optional: bool = False
     interleaved: bool = False
+    formerly: str | None = None
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
@@ -91,6 +93,7 @@ class Row:
         stored: `"io"` for Hugging Face's Conv1D.
         optional: the child may be absent.
         partial: leave the sum over ranks to the annotated module, which has a `mixin` for it.
+        formerly: the child's name in older versions of its library.
     """
 
     heads: str | None = None
@@ -98,6 +101,7 @@ class Row:
     optional: bool = False
     partial: bool = False
     blocks: Count = 1
+    formerly: str | None = None
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
@@ -114,11 +118,13 @@ class VocabParallel:
 
     Args:
         optional: the child may be absent.
+        formerly: the child's name in older versions of its library.
     """
 
     optional: bool = False
     heads: str | None = None
     blocks: Count = 1
+    formerly: str | None = None
 
     @property
     def layouts(self) -> Mapping[str, Layout]:

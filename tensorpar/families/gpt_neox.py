@@ -22,4 +22,4 @@ register(
     at={"layers.*.mlp": {}},
 )
 register(f"{MODULE}.GPTNeoXModel", embed_in=VocabParallel(), at={"": {}})
-register(f"{MODULE}.GPTNeoXForCausalLM", lm_head=VocabParallel(), at={"": {}})
+register(f"{MODULE}.GPTNeoXForCausalLM", lm_head=VocabParallel(formerly="embed_out"), at={"": {}})

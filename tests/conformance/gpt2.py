@@ -89,8 +89,14 @@ def build(case: Case, *, parallel: bool, seed: int = 0) -> Any:
     with default_dtype(case.dtype), tensorpar.tensor_parallelism() if parallel else nullcontext():
         model = getattr(transformers, case.head)(config(case))
     if case.checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: Any, *arguments: Any) -> None:
+    """Switch activation checkpointing on, under the name that this version has for it."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(*arguments)
 
 
 def perturbed(case: Case, *, parallel: bool) -> Any:

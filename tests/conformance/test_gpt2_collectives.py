@@ -12,7 +12,7 @@ import transformers
 from torch.distributed.tensor.debug import CommDebugMode
 
 import tensorpar
-from tests.conformance.gpt2 import Case, batch, config
+from tests.conformance.gpt2 import Case, batch, checkpoint_activations, config
 
 LAYERS = 2
 BATCH_CHECK, EMBEDDING, LOSS, HEAD_BACKWARD = 1, 1, 2, 1
@@ -30,7 +30,7 @@ def counted(case: Case, train: bool, check_batches: bool) -> tuple[Counts, Count
     with tensorpar.tensor_parallelism(check_batches=check_batches):
         model = getattr(transformers, case.head)(config(case))
     if case.checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     model.train(train)
     with CommDebugMode() as mode, nullcontext() if train else torch.no_grad():
         output = model(**batch(case))

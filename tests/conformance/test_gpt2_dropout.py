@@ -15,6 +15,7 @@ from tests.conformance.gpt2 import (
     Case,
     Tensors,
     batch,
+    checkpoint_activations,
     detached,
     gradients_of,
     perturbed,
@@ -101,7 +102,7 @@ def checkpointed(case: Case, checkpointing: bool, reentrant: bool) -> Tensors:
     """Gradients of a step with dropout, with or without activation checkpointing."""
     model = perturbed(case, parallel=True)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
     torch.manual_seed(5)
     model.train()(**batch(case)).loss.backward()
     return detached(gradients_of(model), "gradient") | {"next": torch.rand(1)}
