@@ -46,13 +46,13 @@ def mark(module: nn.Module, options: Options) -> None:
 def effective(root: nn.Module, default: Options) -> dict[nn.Module, Options]:
     """The options of every module under `root`, in order: the nearest mark at or above it."""
     found: dict[nn.Module, Options] = {}
+    _visit(root, default, found)
+    return found
 
-    def visit(module: nn.Module, inherited: Options) -> None:
-        if module in found:
-            return
+
+def _visit(module: nn.Module, inherited: Options, found: dict[nn.Module, Options]) -> None:
+    # not a closure: one that calls itself is a cycle and would keep dropped models in memory
+    if module not in found:
         found[module] = chosen = module.__dict__.get("_tensorpar_options", inherited)
         for child in module.children():
-            visit(child, chosen)
-
-    visit(root, default)
-    return found
+            _visit(child, chosen, found)

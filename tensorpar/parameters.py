@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -77,7 +78,8 @@ def shard_in_place(module: nn.Module, dims: Mapping[str, int | None], mesh: Devi
             module._parameters[name] = parameter(shard, mesh, dim, full.shape)
 
 
-_mixtures: dict[tuple[type, ...], type] = {}
+#: an entry lives as long as its class: classes made in a loop are not kept.
+_mixtures: WeakValueDictionary[tuple[type, ...], type] = WeakValueDictionary()
 
 C = TypeVar("C", bound=type)
 
@@ -93,7 +95,8 @@ def mix_in(module: nn.Module, mixin: type) -> None:
     base = type(module)
     if issubclass(base, mixin):
         return
-    if (mixin, base) not in _mixtures:
+    if (mixed := _mixtures.get((mixin, base))) is None:
         namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
-        _mixtures[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), namespace)
-    module.__class__ = _mixtures[mixin, base]
+        mixed = type(f"{mixin.__name__}{base.__name__}", (mixin, base), namespace)
+        _mixtures[mixin, base] = mixed
+    module.__class__ = mixed

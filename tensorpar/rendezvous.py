@@ -34,7 +34,7 @@ def rendezvous(call: str, timeout: timedelta) -> int:
         return rank
     store, place = _get_default_store(), f"tensorpar/{call}"
     number = _next_round(store, place, call)
-    keys = [f"{place}/{number}/{other}" for other in range(world_size)]
+    keys = _keys(place, number, world_size)
     store.set(keys[rank], "here")
     verdict = _verdict(store, keys, f"{place}/{number}/verdict", timeout)
     if verdict != _ALL_HERE:
@@ -43,7 +43,14 @@ def rendezvous(call: str, timeout: timedelta) -> int:
             f"{call} was not called by ranks {verdict} within {timeout.total_seconds():g} s; it is "
             "collective: call it on every rank, and guard only what follows it by the rank"
         )
+    if rank == 0 and number:  # all are here, so none looks at an earlier round again
+        for left in [*_keys(place, number - 1, world_size), f"{place}/{number - 1}/verdict"]:
+            store.delete_key(left)
     return rank
+
+
+def _keys(place: str, number: int, world_size: int) -> list[str]:
+    return [f"{place}/{number}/{rank}" for rank in range(world_size)]
 
 
 def _next_round(store: Store, place: str, call: str) -> int:

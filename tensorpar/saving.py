@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
+from tensorpar.bound import Bound
 from tensorpar.gathering import TIMEOUT, hf_layout, whole_tensors
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
@@ -25,9 +25,9 @@ from tensorpar.replace import translate_functions
 
 def bind(model: nn.Module) -> None:
     """Give a Transformers model that has become parallel its own `save_pretrained`, `generate`."""
-    model.__dict__["save_pretrained"] = MethodType(save_pretrained, model)
+    model.__dict__["save_pretrained"] = Bound(save_pretrained, model)
     if hasattr(model, "generate"):
-        model.__dict__["generate"] = MethodType(generate, model)
+        model.__dict__["generate"] = Bound(generate, model)
 
 
 def save_pretrained(

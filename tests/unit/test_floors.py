@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
-    {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
+    {"bound", "config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
     {"region", "agreement", "own_batches", "replace"},
