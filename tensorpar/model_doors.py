@@ -161,8 +161,11 @@ class ModelDoor:
         held = chunk_sizes(heads, self.mesh.size())[self.mesh.get_local_rank()]
         for name in ("attentions", "cross_attentions"):
             if recorded := output.get(name):
-                whole = (gather_region(a[:, :held], 1, heads, self.mesh) for a in recorded)
-                output[name] = tuple(whole)
+                # older versions of Transformers return None for a kernel that keeps no weights
+                output[name] = tuple(
+                    None if a is None else gather_region(a[:, :held], 1, heads, self.mesh)
+                    for a in recorded
+                )
 
 
 def _gather_logits(output: dict[str, Any]) -> None:
