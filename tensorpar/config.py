@@ -34,6 +34,7 @@ class Config:
         placement_strategy: `"cluster"` puts tensor-parallel ranks side by side, `"spread"`
             data-parallel ones; or the order of the letters D, P, T, the last varying fastest.
         delayed_parameter_initialization: default of `tensor_parallelism`'s option of that name.
+        reproducible_dropout, check_replicas_every: defaults of the options of these names.
         ddp: only True with one data-parallel rank, where it changes nothing; with more, wrap the
             model in `torch.distributed.fsdp.fully_shard` instead.
         optimize: `"speed"` or `"memory"`; both run the same code.
@@ -44,6 +45,8 @@ class Config:
     prescaled_batch: bool = False
     placement_strategy: str = "cluster"
     delayed_parameter_initialization: bool = False
+    reproducible_dropout: bool = False
+    check_replicas_every: int = 0
     ddp: bool = False
     optimize: str = "speed"
     pipeline_parallel_degree: int = 1
@@ -55,6 +58,10 @@ class Config:
         if self.tensor_parallel_degree < 1:
             raise ValueError(
                 f"tensor_parallel_degree = {self.tensor_parallel_degree}, required: at least 1"
+            )
+        if self.check_replicas_every < 0:
+            raise ValueError(
+                f"check_replicas_every = {self.check_replicas_every}, required: 0 or more"
             )
         for name, advice in _ONLY_ONE.items():
             if (value := getattr(self, name)) != 1:

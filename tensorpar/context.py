@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from tensorpar import hf_compat
 from tensorpar.delayed import EmptyOnMeta
-from tensorpar.mesh import world
+from tensorpar.mesh import is_initialized, world
 from tensorpar.options import Options, mark
 from tensorpar.parallelize import parallelize
 from tensorpar.registry import find, fuses_attention
@@ -78,19 +78,16 @@ def tensor_parallelism(enabled: bool = True, **tp_config: Any) -> Iterator[None]
 
     Args:
         enabled: False leaves what is built inside as it is; the innermost context wins.
-        tp_config: the fields of `Options`: `check_batches`, `delayed_parameter_initialization`.
+        tp_config: the fields of `Options`: `check_batches`, `delayed_parameter_initialization`,
+            `fused_attention`, `reproducible_dropout`, `check_replicas_every`.
 
     Raises:
         RuntimeError: before `init`.
         ValueError: an unknown option; or, when a model is cut, what `parallelize` refuses.
     """
-    config = world().config
+    defaults = _defaults()
     outer = _construction.get()
-    options = Options.of(
-        enabled,
-        tp_config,
-        delayed_parameter_initialization=config.delayed_parameter_initialization,
-    )
+    options = Options.of(enabled, tp_config, **defaults)
     construction = outer or _Construction(options)
     tokens = _construction.set(construction), _options.set(options)
     empty = EmptyOnMeta() if enabled and options.delayed_parameter_initialization else nullcontext()
@@ -112,7 +109,15 @@ def set_tensor_parallelism(module: nn.Module, enabled: bool = True, **tp_config:
     Raises:
         ValueError: an unknown option.
     """
-    mark(module, Options.of(enabled, tp_config))
+    defaults = _defaults() if is_initialized() else {}
+    defaults.pop("delayed_parameter_initialization", None)  # it has its values
+    mark(module, Options.of(enabled, tp_config, **defaults))
+
+
+def _defaults() -> dict[str, Any]:
+    """Options that the configuration has a default for."""
+    config = vars(world().config)
+    return {name: config[name] for name in Options.__dataclass_fields__ if name in config}
 
 
 @contextmanager

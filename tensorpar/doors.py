@@ -1,23 +1,27 @@
 """A module's doors: where replicated activations enter a parallel region, and leave it.
 
 On entering, the named forward arguments pass the copy region, once, so that the column layers
-inside are purely local; and while training with dropout, the default generator is forked to this
-rank's own stream. The fork ends at the module's row layer, whose output is replicated again, or at
-the module's end where it has none.
+inside are purely local. From a column layer's output on, while training with dropout, ranks compute
+different things: the default generator is forked to this rank's own stream, or under
+`reproducible_dropout` whole masks are drawn. That ends at the module's row layer, whose output is
+replicated again, or at the module's end where it has none.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tensorpar import hf_compat
 from tensorpar.collectives import copy_region
-from tensorpar.nn.linear import RowParallel
+from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.random import Fork
 from tensorpar.region import close_region, open_region
+from tensorpar.reproducible import Share, WholeMasks, refuse_unknown_order
 
 
 def check_arguments(module: nn.Module, enter: tuple[str, ...]) -> list[str]:
@@ -31,6 +35,19 @@ def check_arguments(module: nn.Module, enter: tuple[str, ...]) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class Randomness:
+    """How dropout within a module draws.
+
+    Attributes:
+        heads: the global number of its heads, if it has any.
+        reproducible: as one process does, rather than from each rank's own stream.
+    """
+
+    heads: int | None = None
+    reproducible: bool = False
+
+
 class Door:
     """Hooks that stand at the entrance and the exit of one module.
 
@@ -38,16 +55,28 @@ class Door:
         module: the module whose children were made parallel.
         enter: names of the forward arguments that the column layers read.
         mesh: the tp mesh.
+        randomness: how its dropout draws.
 
     Raises:
         AttributeError: the module's forward has no argument of such a name.
     """
 
-    def __init__(self, module: nn.Module, enter: tuple[str, ...], mesh: DeviceMesh) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        enter: tuple[str, ...],
+        mesh: DeviceMesh,
+        randomness: Randomness,
+    ) -> None:
         self.mesh = mesh
+        self.randomness = randomness
         self.fork = Fork()
+        self._forks = False
+        self._masks: list[WholeMasks] = []
         names = check_arguments(module, enter)
         self._places = [(names.index(name), name) for name in enter]
+        rows = any(isinstance(child, RowParallel) for child in module.modules())
+        self._encloses_region = rows or bool(enter)
         self._dropouts = [
             m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
         ]
@@ -57,13 +86,15 @@ class Door:
         module.register_forward_pre_hook(self.open, with_kwargs=True)
         module.register_forward_hook(self.close, always_call=True)
         for child in module.modules():
+            if isinstance(child, ColumnParallel) and not child.gather_output:
+                child.register_forward_hook(self.part)
             if isinstance(child, RowParallel):
-                child.register_forward_hook(self.close)
+                child.register_forward_hook(self.join)
 
     def open(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook: copy regions on the named arguments, then the fork."""
+        """Forward pre-hook: copy regions on the named arguments."""
         args_list, kwargs = list(args), dict(kwargs)
         for place, name in self._places:
             holder: Any = args_list if place < len(args_list) else kwargs
@@ -73,9 +104,19 @@ class Door:
                 holder[key] = copy_region(value, self.mesh)
         if self._places:
             open_region(self.mesh)
-        if module.training and self._draws(module):
-            self.fork.enter(self.mesh.get_local_rank())
+        if self.randomness.reproducible:
+            self._draw_whole_masks(module)
+        else:
+            self._forks = module.training and self._draws(module)
         return tuple(args_list), kwargs
+
+    def _draw_whole_masks(self, module: nn.Module) -> None:
+        if module.training and self.mesh.size() > 1:
+            implementation = hf_compat.attention_implementation(module)
+            refuse_unknown_order(module, implementation, self.mesh.device_type)
+            heads = self.randomness.heads
+            share = None if heads is None else Share.of(heads, self.mesh, at_least_one=True)
+            self._masks.append(WholeMasks(type(module).__name__, share).__enter__())
 
     def _draws(self, module: nn.Module) -> bool:
         """Whether dropout is on: a layer inside, or a number that the forward hands to a kernel."""
@@ -84,7 +125,25 @@ class Door:
             isinstance(value, float) and value > 0 for value in numbers
         )
 
-    def close(self, *_: object) -> None:
-        """Forward hook: back to what all ranks share."""
+    def part(self, column: nn.Module, *_: object) -> None:
+        """Forward hook of a column layer: from its output on, ranks have parts of their own."""
+        if self._masks:
+            self._masks[-1].after_column(column)
+        if self._forks:
+            self.fork.enter(self.mesh.get_local_rank())
+
+    def join(self, *_: object) -> None:
+        """Forward hook of a row layer: back to what all ranks share."""
         close_region()
         self.fork.leave()
+        if self._masks:
+            self._masks[-1].before_row()
+
+    def close(self, *_: object) -> None:
+        """Forward hook, run after an exception too."""
+        if self._encloses_region:
+            close_region()
+        self.fork.leave()
+        self._forks = False
+        if self._masks:
+            self._masks.pop().__exit__(None, None, None)

@@ -160,6 +160,12 @@ def tied_names(model: Any) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def attention_implementation(module: Any) -> str | None:
+    """The attention that a model or one of its layers uses now; None where it has no choice."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return name if isinstance(name, str) else None
+
+
 def records_attentions(model: Any, given: dict[str, Any]) -> bool:
     """Whether this forward call asks for attention weights."""
     asked = given.get("output_attentions")

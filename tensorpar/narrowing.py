@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from tensorpar import hf_compat
 from tensorpar.delayed import stays_on_meta
-from tensorpar.doors import Door, check_arguments
+from tensorpar.doors import Door, Randomness, check_arguments
 from tensorpar.empty_shards import answer_empty_shards
 from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.nn.vocabulary import VocabParallel as VocabParallelEmbedding
@@ -46,8 +46,11 @@ class Narrowing:
         self._cut: dict[nn.Parameter, tuple[nn.Parameter, Layout | None]] = {}
         self._idle: dict[str, list[int]] = {}
 
-    def apply(self, module: nn.Module, plan: Plan) -> None:
-        """Cut the children that the plan names, shrink its counts, hang its doors."""
+    def apply(self, module: nn.Module, plan: Plan, *, reproducible: bool = False) -> None:
+        """Cut the children that the plan names, shrink its counts, hang its doors.
+
+        `reproducible`: dropout inside draws the masks of one process.
+        """
         children = _children(module, plan)
         for name, style in plan.children.items():
             if isinstance(style, OwnParameter):
@@ -67,8 +70,9 @@ class Narrowing:
         if plan.mixin is not None:
             mix_in(module, plan.mixin)
             module.__dict__["mesh"] = self.mesh
-        if plan.enter or (plan.mixin is not None and plan.children):
-            Door(module, plan.enter, self.mesh)
+        columns = any(isinstance(style, Column) for style in plan.children.values())
+        if columns or plan.enter or (plan.mixin is not None and plan.children):
+            Door(module, plan.enter, self.mesh, Randomness(heads, reproducible=reproducible))
         module.__dict__["_tensorpar_plan"] = plan
 
     def _convert(

@@ -19,23 +19,47 @@ class Options:
             fills only its own shard: the same distribution, not the same values, as without.
         fused_attention: use `scaled_dot_product_attention` where a Transformers class has no such
             path of its own (GPT-J, GPT-Neo).
+        reproducible_dropout: a run with dropout on draws the masks of one process and so has its
+            losses, at any degree. Slower: masks are drawn for all heads on every rank, and
+            attention with dropout is computed in the open, `[batch, heads, queries, keys]`
+            allocated. Defined against Transformers' eager attention, and sdpa on the CPU; refused
+            with kernels whose order of draws is not known (sdpa on GPUs, flash, flex).
+        check_replicas_every: every so many forwards, check that what tensor-parallel ranks must
+            have in common is the same, and raise on all of them, naming what differs first; 0 for
+            never.
     """
 
     enabled: bool = True
     check_batches: bool = True
     delayed_parameter_initialization: bool = False
     fused_attention: bool = True
+    reproducible_dropout: bool = False
+    check_replicas_every: int = 0
 
     @classmethod
     def of(cls, enabled: bool, given: dict[str, Any], **defaults: Any) -> Options:
-        """Options from keyword arguments; ValueError names those that are not known."""
-        known = [field.name for field in fields(cls) if field.name != "enabled"]
+        """Options from keyword arguments.
+
+        Raises:
+            ValueError: unknown names, or a negative count.
+            TypeError: a value of the wrong type.
+        """
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        known = [name for name in kinds if name != "enabled"]
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"unknown options {unknown}, required: some of {known}")
         for name, value in given.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} = {value!r}, required: True or False")
+            _check(name, value, kinds[name])
         return cls(enabled=enabled, **{**defaults, **given})
+
+
+def _check(name: str, value: object, kind: type) -> None:
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}, required: True or False")
+    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} = {value!r}, required: an integer, 0 or more")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} = {value}, required: 0 or more")
 
 
 def mark(module: nn.Module, options: Options) -> None:

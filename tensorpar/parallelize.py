@@ -25,6 +25,7 @@ from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
 from tensorpar.registry import Plan, find, require_classes
 from tensorpar.replace import replace_children
+from tensorpar.reproducible import refuse_unknown_order
 from tensorpar.saving import bind
 
 
@@ -46,10 +47,12 @@ def parallelize(
     Raises:
         RuntimeError: before `init`.
         AttributeError: a plan names a class, child, attribute or argument that is not there.
-        ValueError: the ranks' models differ, or a size does not fit its plan.
+        ValueError: the ranks' models differ, a size does not fit its plan, or
+            `reproducible_dropout` is asked of an attention whose draws are not known.
     """
     mesh = mesh or tp_mesh()
     options = options or Options()
+    _refuse_unknown_kernels(model, options, mesh)
     _require_same_model(model, mesh)
     for module in model.modules():
         if hf_compat.is_model(module):
@@ -65,7 +68,7 @@ def parallelize(
         check(module, plan)
     narrowing = Narrowing(mesh)
     for module, plan in plans.items():
-        narrowing.apply(module, plan)
+        narrowing.apply(module, plan, reproducible=chosen[module].reproducible_dropout)
         if plan.fused is not None and chosen[module].fused_attention:
             mix_in(module, plan.fused)
     for module in chosen:
@@ -80,6 +83,13 @@ def parallelize(
 def _open_plan(module: nn.Module) -> object:
     """What is registered for a module, unless it has been carried out."""
     return None if "_tensorpar_plan" in module.__dict__ else find(type(module))
+
+
+def _refuse_unknown_kernels(model: nn.Module, options: Options, mesh: DeviceMesh) -> None:
+    for module, own in effective(model, options).items():
+        if own.enabled and own.reproducible_dropout and hf_compat.is_model(module):
+            implementation = hf_compat.attention_implementation(module)
+            refuse_unknown_order(module, implementation, mesh.device_type)
 
 
 def _move_buffers(module: nn.Module, mesh: DeviceMesh) -> None:

@@ -42,7 +42,12 @@ class Fork:
         self._saved: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def enter(self, rank: int) -> None:
-        """Switch to the stream of `rank`; the common stream advances by one draw."""
+        """Switch to the stream of `rank`; the common stream advances by one draw.
+
+        Does nothing inside the fork, so that each of several layers may open it.
+        """
+        if self._saved is not None:
+            return
         seed = mix(draw_seed(), rank)
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._saved = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None

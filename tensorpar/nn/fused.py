@@ -2,8 +2,8 @@
 
 Only the maths between the projections changes: `scaled_dot_product_attention` in place of two
 products around a softmax, so that no `[batch, heads, queries, keys]` scores are ever allocated.
-When a forward records attention weights, which a fused kernel does not have, the model's own
-maths runs.
+When a forward records attention weights, which a fused kernel does not have, or dropout must be
+reproducible, the model's own maths runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from contextvars import ContextVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tensorpar.reproducible import reproducing
 
 _recording: ContextVar[bool] = ContextVar("recording_attentions", default=False)
 
@@ -52,7 +54,7 @@ class FusedAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All `[batch, heads, sequence, head_dim]`; the mask is additive. No weights returned."""
         mask, hides_a_query = self._prepared(attention_mask, query.shape[-2], key.shape[-2])
-        if _recording.get() or hides_a_query:
+        if _recording.get() or hides_a_query or reproducing():
             return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)

@@ -16,7 +16,7 @@ FLOORS = [
     {"bound", "config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
-    {"region", "agreement", "own_batches", "replace"},
+    {"region", "agreement", "own_batches", "replace", "reproducible"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
     {"saving", "narrowing"},

@@ -1,0 +1,117 @@
+"""`reproducible_dropout=True`: with dropout on, any degree has the losses of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conformance.gpt2 import (
+    Tensors,
+    detached,
+    gradients_of,
+    require_close,
+    require_equal_ranks,
+    weights_of,
+)
+from tests.conformance.test_families import (
+    BEHIND_FLOAT32,
+    CASES,
+    EXACT,
+    IN_FLOAT32,
+    build,
+    inputs,
+    probe,
+)
+
+P = 0.3
+#: attention, and whether and how blocks are recomputed in backward.
+VARIANTS = [("eager", None), ("eager", False), ("eager", True), ("sdpa", None), ("sdpa", False)]
+
+
+def with_dropout(family: str, implementation: str, *, parallel: bool, **options: Any) -> Any:
+    """A perturbed float64 model in training, every dropout on."""
+    model = build(family, CASES[family].model, parallel=parallel, **options).train()
+    model.config._attn_implementation = implementation
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = P
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, P)
+    return model
+
+
+def three_steps(
+    family: str, implementation: str, reentrant: bool | None, parallel: bool, reproducible: bool
+) -> Tensors:
+    """Losses of three clipped steps, gradients of the last, weights, and the stream's end."""
+    options = {"reproducible_dropout": True} if reproducible else {}
+    model = with_dropout(family, implementation, parallel=parallel, **options)
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    given = inputs(CASES[family].model, labels=False)
+    torch.manual_seed(5)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = probe(model(**given), given["attention_mask"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+    found = {"losses": torch.stack(losses), "next random number": torch.rand(2)}
+    labelled = model(**inputs(CASES[family].model, labels=True)).loss
+    found["own loss"] = labelled.detach().double()
+    return found | detached(gradients_of(model), "gradient") | detached(weights_of(model), "weight")
+
+
+def all_variants(family: str, parallel: bool) -> dict[str, Tensors]:
+    """Three steps under each attention that Transformers has for the family."""
+    return {
+        f"{implementation} {reentrant}": three_steps(
+            family, implementation, reentrant, parallel, reproducible=True
+        )
+        for implementation, reentrant in VARIANTS
+        if implementation == "eager" or family not in IN_FLOAT32
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Callable[[str], dict[str, Tensors]]:
+    """What one process finds, worked out once a family."""
+    found: dict[str, dict[str, Tensors]] = {}
+
+    def find(family: str) -> dict[str, Tensors]:
+        if family not in found:
+            found[family] = all_variants(family, False)
+        return found[family]
+
+    return find
+
+
+def require_alike(results: Sequence[Tensors], reference: Tensors, tolerance: float) -> None:
+    """Ranks equal each other bit for bit, and the reference as its precision allows."""
+    require_equal_ranks(list(results))
+    scale = max(1.0, reference["losses"].abs().max().item())
+    ours, own = dict(results[0]), dict(reference)
+    assert torch.equal(ours.pop("next random number"), own.pop("next random number"))
+    torch.testing.assert_close(
+        ours.pop("own loss"), own.pop("own loss"), rtol=0, atol=BEHIND_FLOAT32 * scale
+    )
+    require_close(ours, own, tolerance * scale)
+
+
+@pytest.mark.feature("reproducible dropout")
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_losses_and_gradients_of_one_process(ranks, one_process, family, size):
+    """Eager and sdpa, recomputed or not, an idle rank included: every draw is one process's."""
+    results = ranks(size).run(all_variants, family, True)
+    tolerance = BEHIND_FLOAT32 if family in IN_FLOAT32 else EXACT
+    for variant, reference in one_process(family).items():
+        require_alike([result[variant] for result in results], reference, tolerance)
