@@ -30,26 +30,36 @@ def require_agreement(facts: Mapping[str, object], mesh: DeviceMesh, problem: st
     Raises:
         ValueError: `problem`, followed by each fact that differs with its value on every rank.
     """
+    found = differing(facts, mesh)
+    lines = [
+        f"{name} = {', '.join(f'{value} on rank {rank}' for rank, value in enumerate(values))}"
+        for name, values in found.items()
+    ]
+    if lines:
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise ValueError(f"{problem}: {'; '.join(lines[:5])}{more}")
+
+
+def differing(facts: Mapping[str, object], mesh: DeviceMesh) -> dict[str, list[object]]:
+    """The facts that differ, in order, each with its value on every rank; the same on all ranks.
+
+    One tiny all-reduce, whatever the ranks hold; where they differ, all find so and gather them.
+
+    Args:
+        facts: as for `require_agreement`.
+        mesh: the ranks that must agree.
+    """
     if mesh.size() == 1:
-        return
+        return {}
     text = repr(sorted(facts.items())).encode()
     digest = (zlib.crc32(text) << 31) + zlib.adler32(text)
     device = torch.device(mesh.device_type)
     bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     highest, lowest = (int(x) for x in all_reduce(bounds, mesh, dist.ReduceOp.MAX))
-    if highest != -lowest:
-        raise ValueError(f"{problem}: {_differences(facts, mesh)}")
-
-
-def _differences(facts: Mapping[str, object], mesh: DeviceMesh) -> str:
-    """Only reached on all ranks together, so it may communicate."""
+    if highest == -lowest:
+        return {}
     everyone: list[Mapping[str, object]] = [{} for _ in range(mesh.size())]
     dist.all_gather_object(everyone, dict(facts), group=mesh.get_group())
     names = dict.fromkeys(name for one in everyone for name in one)
-    lines = []
-    for name in names:
-        values = [one.get(name, "absent") for one in everyone]
-        if len({repr(value) for value in values}) > 1:
-            told = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-            lines.append(f"{name} = {told}")
-    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+    values = {name: [one.get(name, "absent") for one in everyone] for name in names}
+    return {name: of for name, of in values.items() if len({repr(value) for value in of}) > 1}

@@ -10,6 +10,8 @@ replicated again, or at the module's end where it has none.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar import hf_compat
 from tensorpar.collectives import copy_region
+from tensorpar.guard import note_activation
 from tensorpar.nn.linear import ColumnParallel, RowParallel
+from tensorpar.parameters import mix_in
 from tensorpar.random import Fork
-from tensorpar.region import close_region, open_region
+from tensorpar.region import close_region, inside_region, open_region
 from tensorpar.reproducible import Share, WholeMasks, refuse_unknown_order
 
 
@@ -68,13 +72,14 @@ class Door:
         mesh: DeviceMesh,
         randomness: Randomness,
     ) -> None:
+        self._name = type(module).__name__
         self.mesh = mesh
         self.randomness = randomness
         self.fork = Fork()
         self._forks = False
         self._masks: list[WholeMasks] = []
-        names = check_arguments(module, enter)
-        self._places = [(names.index(name), name) for name in enter]
+        self._arguments = check_arguments(module, enter)
+        self._places = [(self._arguments.index(name), name) for name in enter]
         rows = any(isinstance(child, RowParallel) for child in module.modules())
         self._encloses_region = rows or bool(enter)
         self._dropouts = [
@@ -85,6 +90,8 @@ class Door:
     def _hang(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self.open, with_kwargs=True)
         module.register_forward_hook(self.close, always_call=True)
+        module.__dict__["_tensorpar_module_door"] = self
+        mix_in(module, Drawing)
         for child in module.modules():
             if isinstance(child, ColumnParallel) and not child.gather_output:
                 child.register_forward_hook(self.part)
@@ -96,6 +103,7 @@ class Door:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: copy regions on the named arguments."""
         args_list, kwargs = list(args), dict(kwargs)
+        self._note(module, {**dict(zip(self._arguments, args, strict=False)), **kwargs})
         for place, name in self._places:
             holder: Any = args_list if place < len(args_list) else kwargs
             key = place if place < len(args_list) else name
@@ -104,19 +112,45 @@ class Door:
                 holder[key] = copy_region(value, self.mesh)
         if self._places:
             open_region(self.mesh)
-        if self.randomness.reproducible:
-            self._draw_whole_masks(module)
-        else:
-            self._forks = module.training and self._draws(module)
         return tuple(args_list), kwargs
 
-    def _draw_whole_masks(self, module: nn.Module) -> None:
-        if module.training and self.mesh.size() > 1:
-            implementation = hf_compat.attention_implementation(module)
-            refuse_unknown_order(module, implementation, self.mesh.device_type)
-            heads = self.randomness.heads
-            share = None if heads is None else Share.of(heads, self.mesh, at_least_one=True)
-            self._masks.append(WholeMasks(type(module).__name__, share).__enter__())
+    def _note(self, module: nn.Module, given: dict[str, Any]) -> None:
+        """Tell the guard what enters; without named arguments, all that is replicated here."""
+        names = [name for _, name in self._places] or ([] if inside_region() else list(given))
+        for name in names:
+            if isinstance(given.get(name), Tensor):
+                note_activation(module, name, given[name])
+
+    @contextmanager
+    def drawing(self, module: nn.Module) -> Iterator[None]:
+        """Within: the training forward of `module`, or its recomputation.
+
+        Raises:
+            ValueError: its attention draws in an order that cannot be matched.
+        """
+        if self.mesh.size() == 1:
+            yield
+        elif self.randomness.reproducible:
+            with self._whole_masks(module) as masks:
+                self._masks.append(masks)
+                try:
+                    yield
+                finally:
+                    self._masks.pop()
+        else:
+            self._forks = self._draws(module)
+            try:
+                yield
+            finally:
+                self._forks = False
+                self.fork.leave()
+
+    def _whole_masks(self, module: nn.Module) -> WholeMasks:
+        implementation = hf_compat.attention_implementation(module)
+        refuse_unknown_order(module, implementation, self.mesh.device_type)
+        heads = self.randomness.heads
+        share = None if heads is None else Share.of(heads, self.mesh, at_least_one=True)
+        return WholeMasks(self._name, share)
 
     def _draws(self, module: nn.Module) -> bool:
         """Whether dropout is on: a layer inside, or a number that the forward hands to a kernel."""
@@ -143,7 +177,20 @@ class Door:
         """Forward hook, run after an exception too."""
         if self._encloses_region:
             close_region()
-        self.fork.leave()
-        self._forks = False
-        if self._masks:
-            self._masks.pop().__exit__(None, None, None)
+
+
+class Drawing:
+    """Mixed into the class of a module with a door: its draws are those the door decides.
+
+    A forward and not a hook, since Transformers recomputes checkpointed layers without their hooks.
+    """
+
+    training: bool
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The class's own forward."""
+        if not self.training:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        door: Door = self.__dict__["_tensorpar_module_door"]
+        with door.drawing(self):  # type: ignore[arg-type]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -10,7 +10,7 @@ sharded becomes whole, except the logits of a training step with labels, which s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.collectives import gather_region
+from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
 from tensorpar.nn.fused import recording_attentions
@@ -40,11 +41,15 @@ _generating: ContextVar[bool] = ContextVar("generating", default=False)
 
 
 @contextmanager
-def generating() -> Iterator[None]:
-    """Within: forwards belong to one `generate`, whose inputs were compared at its start."""
+def generating(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
+    """Within: forwards belong to one `generate`, whose inputs were compared at its start.
+
+    Yields a function that takes what it returns: the guard's last look.
+    """
     token = _generating.set(True)
     try:
-        yield
+        with guarded_generation():
+            yield model.__dict__["_tensorpar_door"].guard.finish_generation
     finally:
         _generating.reset(token)
 
@@ -65,10 +70,19 @@ class ModelDoor:
         model: the module; a model inside another does less (see `open` and `close`).
         mesh: the tp mesh.
         check_batches: whether to compare batches.
+        check_replicas_every: how often to compare what ranks have in common; 0 for never.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, check_batches: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        check_batches: bool,
+        check_replicas_every: int = 0,
+    ) -> None:
         self.mesh = mesh
+        self.guard = Guard(model, mesh, check_replicas_every)
         self.check_batches = check_batches
         self.fork = Fork()
         self._steps = 0
@@ -83,11 +97,11 @@ class ModelDoor:
         )
 
     @classmethod
-    def hang(cls, model: nn.Module, mesh: DeviceMesh, *, check_batches: bool) -> None:
+    def hang(cls, model: nn.Module, mesh: DeviceMesh, **choices: Any) -> None:
         """Give `model` its doors, unless it has them."""
         if "_tensorpar_door" in model.__dict__:
             return
-        door = cls(model, mesh, check_batches=check_batches)
+        door = cls(model, mesh, **choices)
         model.__dict__["_tensorpar_door"] = door
         model.register_forward_pre_hook(door.open, prepend=True, with_kwargs=True)
         model.register_forward_hook(door.close, always_call=True)
@@ -99,6 +113,7 @@ class ModelDoor:
 
         Raises:
             ValueError: the ranks' arguments differ; on every rank.
+            DivergenceError: what the guard checks differs; on every rank.
         """
         is_hf = hf_compat.is_model(model)
         asks_for_dict = is_hf and self._takes_return_dict
@@ -121,6 +136,7 @@ class ModelDoor:
         contexts.callback(_inside.reset, _inside.set(True))
         if self.check_batches and not _generating.get():
             self.compare(given, training=model.training)
+        self.guard.enter(model, given)
         if model.training and is_initialized() and world().mesh["dp"].size() > 1:
             self.fork.enter(world().mesh.get_local_rank("dp"))
             contexts.callback(self.fork.leave)
@@ -146,14 +162,19 @@ class ModelDoor:
         """Forward hook, run after an exception too: make outputs whole, leave the contexts."""
         forward = self._forwards.pop()
         forward.contexts.close()
-        if output is None:
-            return None
+        if output is not None:
+            output = self._finished(model, forward, output)
+        if forward.is_outermost:
+            self.guard.leave(output)
+        return output.to_tuple() if output is not None and forward.as_tuple else output
+
+    def _finished(self, model: nn.Module, forward: _Forward, output: Any) -> Any:
         if hf_compat.is_model(model) and isinstance(output, dict):
             if self._records_attentions:
                 self._gather_attentions(model, output)
             if forward.is_outermost and not model.training:
                 _gather_logits(output)
-        return output.to_tuple() if forward.as_tuple else output
+        return output
 
     def _gather_attentions(self, model: Any, output: dict[str, Any]) -> None:
         """Recorded attention weights `[batch, this rank's heads, queries, keys]` become whole."""

@@ -21,6 +21,7 @@ from tensorpar.delayed import fill
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
+from tensorpar.nn.attention import ParallelAttention
 from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
 from tensorpar.registry import Plan, find, require_classes
@@ -99,11 +100,16 @@ def _move_buffers(module: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: DeviceMesh) -> None:
+    every = max(own.check_replicas_every for own in chosen.values())
     for module, own in chosen.items():
         if module is model or hf_compat.is_model(module):
-            ModelDoor.hang(module, mesh, check_batches=own.check_batches)
+            ModelDoor.hang(
+                module, mesh, check_batches=own.check_batches, check_replicas_every=every
+            )
         if hf_compat.is_model(module):
             bind(module)
+        if isinstance(module, ParallelAttention) and own.reproducible_dropout:
+            module.reproducible_dropout = True
 
 
 def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -28,6 +28,11 @@ def close_region() -> None:
     _open.set(None)
 
 
+def inside_region() -> bool:
+    """Whether activations belong to this rank alone."""
+    return _open.get() is not None
+
+
 def plain(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as a plain local tensor whose gradient is whole, wherever it is used."""
     mesh = _open.get()

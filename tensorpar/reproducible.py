@@ -277,7 +277,7 @@ def attention_in_the_open(  # noqa: PLR0913  (torch's own arguments)
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     if enable_gqa:
-        group = query.shape[-3] // key.shape[-3]
+        group = query.shape[-3] // max(key.shape[-3], 1)  # a rank may have neither
         key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:

@@ -85,6 +85,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: the ranks' arguments differ; on every rank.
+        DivergenceError: under `check_replicas_every`, the ranks' tokens or models do.
     """
     mesh = tp_mesh()
     given = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
@@ -93,8 +94,8 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     )
     if mesh.size() > 1:
         _share_random_state(mesh)
-    with generating():
-        return type(self).generate(self, *args, **kwargs)
+    with generating(self) as finished:
+        return finished(type(self).generate(self, *args, **kwargs))
 
 
 def _share_random_state(mesh: Any) -> None:

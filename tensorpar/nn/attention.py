@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,6 +15,7 @@ from tensorpar.collectives import copy_region, reduce_region
 from tensorpar.mesh import tp_mesh
 from tensorpar.parameters import local, local_shard, parameter
 from tensorpar.random import Fork
+from tensorpar.reproducible import Share, WholeMasks
 
 
 class ParallelAttention(nn.Module):
@@ -30,6 +34,8 @@ class ParallelAttention(nn.Module):
         kv_size: last dim of the keys' and values' input; by default `hidden_size`.
         is_causal: each position attends to itself and those before it.
         dropout: probability on the attention weights, while training; masks differ between ranks.
+        reproducible_dropout: draw the masks of one process instead, on the CPU; slower, since
+            weights are allocated. The option of that name sets it for a whole model.
         bias: whether the four projections have one.
         mesh: the tp mesh; by default that of `tensorpar.init`.
 
@@ -47,6 +53,7 @@ class ParallelAttention(nn.Module):
         kv_size: int | None = None,
         is_causal: bool = False,
         dropout: float = 0.0,
+        reproducible_dropout: bool = False,
         bias: bool = True,
         mesh: DeviceMesh | None = None,
     ) -> None:
@@ -59,6 +66,7 @@ class ParallelAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.is_causal, self.dropout, self.mesh = is_causal, dropout, mesh or tp_mesh()
+        self.reproducible_dropout = reproducible_dropout
         self._fork = Fork()
         group, kv_size = num_heads // num_kv_heads, kv_size or hidden_size
         self._add_linear("q", hidden_size, (num_kv_heads, group, self.head_dim), bias)
@@ -86,6 +94,23 @@ class ParallelAttention(nn.Module):
         )
         return rearrange(features, "b s (h d) -> b h s d", d=self.head_dim)
 
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Within: dropout draws from this rank's own stream, or the masks of one process."""
+        if self.reproducible_dropout:
+            group = self.num_heads // self.num_kv_heads
+            held = Share.of(self.num_kv_heads, self.mesh)
+            heads = Share(self.num_heads, held.start * group, held.length * group)
+            with WholeMasks(type(self).__name__, heads) as masks:
+                masks.sharded = True
+                yield
+            return
+        self._fork.enter(self.mesh.get_local_rank())
+        try:
+            yield
+        finally:
+            self._fork.leave()
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -108,9 +133,7 @@ class ParallelAttention(nn.Module):
         y = x if key_value_states is None else copy_region(key_value_states, self.mesh)
         query, key, value = self._heads("q", x), self._heads("k", y), self._heads("v", y)
         dropout = self.dropout if self.training else 0.0
-        if dropout:
-            self._fork.enter(self.mesh.get_local_rank())
-        try:
+        with self._drawing() if dropout else nullcontext():
             context = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -120,8 +143,6 @@ class ParallelAttention(nn.Module):
                 is_causal=self.is_causal and attention_mask is None,
                 enable_gqa=self.num_kv_heads != self.num_heads,
             )
-        finally:
-            self._fork.leave()
         context = rearrange(context, "b h s d -> b s (h d)")
         output = reduce_region(F.linear(context, local(self.out_weight).flatten(1)), self.mesh)
         return output if self.out_bias is None else output + local(self.out_bias)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.collectives import copy_region, gather_region, reduce_region
+from tensorpar.guard import note_activation
 from tensorpar.mesh import tp_mesh
 from tensorpar.nn.cross_entropy import loss_on_shards
 from tensorpar.parameters import from_local, local, mixture, shard_in_place
@@ -110,6 +111,7 @@ class VocabParallelHead:
         While the enclosing model computes a loss the logits are a DTensor `Shard(-1)` and nothing
         is gathered; otherwise they are whole and plain on every rank.
         """
+        note_activation(self, "input", input)
         bias = None if self.bias is None else local(self.bias)
         logits = F.linear(copy_region(input, self.mesh), local(self.weight), bias)
         shape = (*logits.shape[:-1], self.weight.shape[0])

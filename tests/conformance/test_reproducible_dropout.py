@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import tensorpar
+from tensorpar.reproducible import refuse_unknown_order
 from tests.conformance.gpt2 import (
     Tensors,
     detached,
@@ -29,7 +32,7 @@ from tests.conformance.test_families import (
 
 P = 0.3
 #: attention, and whether and how blocks are recomputed in backward.
-VARIANTS = [("eager", None), ("eager", False), ("eager", True), ("sdpa", None), ("sdpa", False)]
+VARIANTS = [("eager", None), ("eager", True), ("sdpa", None), ("sdpa", False)]
 
 
 def with_dropout(family: str, implementation: str, *, parallel: bool, **options: Any) -> Any:
@@ -115,3 +118,69 @@ def test_losses_and_gradients_of_one_process(ranks, one_process, family, size):
     tolerance = BEHIND_FLOAT32 if family in IN_FLOAT32 else EXACT
     for variant, reference in one_process(family).items():
         require_alike([result[variant] for result in results], reference, tolerance)
+
+
+def own_masks(family: str, checkpointing: bool) -> Tensors:
+    """What all heads keep of their attention without the option, and the gradients."""
+    model = with_dropout(family, "eager", parallel=True, fused_attention=False)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    given = inputs(CASES[family].model, labels=False)
+    given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    torch.manual_seed(5)
+    output = model(**given, output_attentions=True)
+    kept = {f"kept/{layer}": weights != 0 for layer, weights in enumerate(output.attentions)}
+    output[0].sum().backward()
+    return kept | detached(gradients_of(model), "gradient") | {"next": torch.rand(2)}
+
+
+@pytest.mark.feature("independent dropout masks")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_without_the_option_each_rank_draws_its_own(ranks, family):
+    """Heads share no mask across ranks or layers, and recomputed blocks draw theirs again."""
+    plain = ranks(2).run(own_masks, family, False)
+    replayed = ranks(2).run(own_masks, family, True)
+    require_equal_ranks(plain)
+    require_equal_ranks(replayed)
+    recorded = {name for name in plain[0] if name.startswith("kept")}
+    gradients = {name: x for name, x in plain[0].items() if name not in recorded}
+    again = {name: replayed[0][name] for name in gradients}
+    require_close(again, gradients, 1e-12 * scale_of(gradients))
+    masks = [plain[0][name][:, head] for name in sorted(recorded) for head in range(5)]
+    assert len(masks) == 2 * 5
+    for place, mask in enumerate(masks):
+        assert 0.2 < mask.double().mean() < 0.8
+        assert not any(torch.equal(mask, other) for other in masks[place + 1 :])
+
+
+def scale_of(tensors: Tensors) -> float:
+    """The largest value, or 1."""
+    return max(1.0, *(x.abs().max().item() for x in tensors.values()))
+
+
+def test_gpus_draw_sdpa_in_an_unknown_order():
+    """On GPUs only eager is accepted."""
+    refuse_unknown_order(nn.Identity(), "eager", "cuda")
+    refuse_unknown_order(nn.Identity(), None, "cuda")
+    with pytest.raises(ValueError, match=r"'sdpa' of Identity on cuda, required: one of"):
+        refuse_unknown_order(nn.Identity(), "sdpa", "cuda")
+
+
+def chosen_in_the_configuration() -> tuple[bool, bool, bool]:
+    """The option's value where it is a default, where that is overruled, and for a mark."""
+    found = []
+    for given in ({}, {"reproducible_dropout": False}):
+        with tensorpar.tensor_parallelism(**given):
+            model = transformers.GPT2Model(CASES["gpt2"].config())
+        found.append(model.h[0].attn._tensorpar_module_door.randomness.reproducible)
+    model = transformers.GPT2Model(CASES["gpt2"].config())
+    tensorpar.set_tensor_parallelism(model)
+    tensorpar.DistributedModel(model)
+    found.append(model.h[0].attn._tensorpar_module_door.randomness.reproducible)
+    return tuple(found)
+
+
+def test_the_configuration_has_a_default(ranks):
+    """`init`'s key is the default of the context and of marks, and an option overrules it."""
+    world = ranks(2, reproducible_dropout=True)
+    assert world.run(chosen_in_the_configuration) == [(True, False, True)] * 2

@@ -25,6 +25,7 @@ def test_defaults_are_those_of_smdistributed():
         ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree = 2, required: 1"),
         ({"microbatches": 4}, "microbatches = 4, required: 1"),
         ({"placement_strategy": "near"}, "placement_strategy = 'near'"),
+        ({"check_replicas_every": -1}, "check_replicas_every = -1"),
         ({"optimize": "both"}, "optimize = 'both'"),
     ],
 )

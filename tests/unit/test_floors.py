@@ -17,6 +17,7 @@ FLOORS = [
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
     {"region", "agreement", "own_batches", "replace", "reproducible"},
+    {"guard"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
     {"saving", "narrowing"},

@@ -38,3 +38,13 @@ def test_the_nearest_mark_wins():
     assert chosen[inner] == chosen[shared] == off
     assert chosen[inner[0]] == on
     assert list(chosen) == list(root.modules())
+
+
+def test_counts_are_integers_from_zero():
+    """`check_replicas_every` is a count; booleans, floats and negative numbers are refused."""
+    assert Options.of(True, {"check_replicas_every": 10}).check_replicas_every == 10
+    for wrong in (True, 1.0, "1"):
+        with pytest.raises(TypeError, match=r"check_replicas_every = .*required: an integer"):
+            Options.of(True, {"check_replicas_every": wrong})
+    with pytest.raises(ValueError, match="check_replicas_every = -1, required: 0 or more"):
+        Options.of(True, {"check_replicas_every": -1})
