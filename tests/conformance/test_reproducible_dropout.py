@@ -145,7 +145,8 @@ def test_without_the_option_each_rank_draws_its_own(ranks, family):
     recorded = {name for name in plain[0] if name.startswith("kept")}
     gradients = {name: x for name, x in plain[0].items() if name not in recorded}
     again = {name: replayed[0][name] for name in gradients}
-    require_close(again, gradients, 1e-12 * scale_of(gradients))
+    tolerance = BEHIND_FLOAT32 if family in IN_FLOAT32 else 1e-12
+    require_close(again, gradients, tolerance * scale_of(gradients))
     masks = [plain[0][name][:, head] for name in sorted(recorded) for head in range(5)]
     assert len(masks) == 2 * 5
     for place, mask in enumerate(masks):
