@@ -4,8 +4,8 @@ Compared are the random state, replicated parameters, the model's inputs (in `ge
 that were sampled), the activations that enter each layer's doors and a sharded head, and the
 outputs. Each is reduced to one number where it lies; the numbers are compared by one tiny
 all-reduce at the forward's end, or in `generate`, where ranks that sampled different tokens may
-stop at different steps, at the entrance of the next forward. Nothing that ranks disagree on changes how many collectives they call
-in between, so all ranks arrive, and all raise.
+stop at different steps, at the entrance of the next forward. Nothing that ranks disagree on changes
+how many collectives they call in between, so all ranks arrive, and all raise.
 
 When it is off nothing here runs.
 """
