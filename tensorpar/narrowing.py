@@ -67,7 +67,7 @@ class Narrowing:
             mix_in(module, plan.mixin)
             module.__dict__["mesh"] = self.mesh
         if plan.enter or (plan.mixin is not None and plan.children):
-            Door(module, plan.enter, self.mesh)
+            Door(module, plan.enter, self.mesh, heads)
         module.__dict__["_tensorpar_plan"] = plan
 
     def _convert(
