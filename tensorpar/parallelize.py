@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tensorpar import hf_compat
+from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
 from tensorpar.mesh import tp_mesh
@@ -91,6 +91,7 @@ def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: Dev
             ModelDoor.hang(module, mesh, check_batches=own.check_batches)
         if hf_compat.is_model(module):
             bind(module)
+            attention_choice.bind(module)
 
 
 def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:

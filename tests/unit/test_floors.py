@@ -19,7 +19,7 @@ FLOORS = [
     {"region", "agreement", "own_batches", "replace"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "narrowing"},
+    {"saving", "narrowing", "attention_choice"},
     {"parallelize"},
     {"context", "model"},
 ]
