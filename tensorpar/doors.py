@@ -1,10 +1,11 @@
 """A module's doors: where replicated activations enter a parallel region, and leave it.
 
 On entering, the named forward arguments pass the copy region, once, so that the column layers
-inside are purely local. From a column layer's output on, while training with dropout, ranks compute
-different things: the default generator is forked to this rank's own stream, or under
-`reproducible_dropout` whole masks are drawn. That ends at the module's row layer, whose output is
-replicated again, or at the module's end where it has none.
+inside are purely local; attention masks that differ between heads are cut to this rank's. From a
+column layer's output on, while training with dropout, ranks compute different things: the default
+generator is forked to this rank's own stream, or under `reproducible_dropout` whole masks are
+drawn. That ends at the module's row layer, whose output is replicated again, or at the module's end
+where it has none.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from tensorpar.collectives import copy_region
 from tensorpar.guard import note_activation
 from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.parameters import mix_in
+from tensorpar.partition import chunk_bounds
 from tensorpar.random import Fork
 from tensorpar.region import close_region, inside_region, open_region
 from tensorpar.reproducible import Share, WholeMasks, refuse_unknown_order
+
+#: forward arguments `[batch, heads or 1, queries, keys]` of attention modules.
+MASKS = ("attention_mask", "encoder_attention_mask")
 
 
 def check_arguments(module: nn.Module, enter: tuple[str, ...]) -> list[str]:
@@ -78,8 +83,10 @@ class Door:
         self.fork = Fork()
         self._forks = False
         self._masks: list[WholeMasks] = []
-        self._arguments = check_arguments(module, enter)
-        self._places = [(self._arguments.index(name), name) for name in enter]
+        self._arguments = names = check_arguments(module, enter)
+        self._places = [(names.index(name), name) for name in enter]
+        has_heads = randomness.heads is not None
+        self._seen = [(names.index(name), name) for name in MASKS if has_heads and name in names]
         rows = any(isinstance(child, RowParallel) for child in module.modules())
         self._encloses_region = rows or bool(enter)
         self._dropouts = [
@@ -101,15 +108,19 @@ class Door:
     def open(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook: copy regions on the named arguments."""
+        """Forward pre-hook: copy regions on the named arguments, own heads of the masks."""
         args_list, kwargs = list(args), dict(kwargs)
         self._note(module, {**dict(zip(self._arguments, args, strict=False)), **kwargs})
-        for place, name in self._places:
-            holder: Any = args_list if place < len(args_list) else kwargs
-            key = place if place < len(args_list) else name
-            value = args_list[place] if place < len(args_list) else kwargs.get(name)
-            if isinstance(value, Tensor):
-                holder[key] = copy_region(value, self.mesh)
+        for places, change in (
+            (self._places, lambda x: copy_region(x, self.mesh)),
+            (self._seen, self._own_heads),
+        ):
+            for place, name in places:
+                holder: Any = args_list if place < len(args_list) else kwargs
+                key = place if place < len(args_list) else name
+                value = args_list[place] if place < len(args_list) else kwargs.get(name)
+                if isinstance(value, Tensor):
+                    holder[key] = change(value)
         if self._places:
             open_region(self.mesh)
         return tuple(args_list), kwargs
@@ -151,6 +162,15 @@ class Door:
         heads = self.randomness.heads
         share = None if heads is None else Share.of(heads, self.mesh, at_least_one=True)
         return WholeMasks(self._name, share)
+
+    def _own_heads(self, mask: Tensor) -> Tensor:
+        """This rank's heads of a mask that has all; a rank without a head pretends to have one."""
+        heads = self.randomness.heads
+        if heads is None or mask.ndim != 4 or mask.shape[1] != heads:
+            return mask
+        start, stop = chunk_bounds(heads, self.mesh.size(), self.mesh.get_local_rank())
+        start = min(start, heads - 1)
+        return mask[:, start : max(stop, start + 1)]
 
     def _draws(self, module: nn.Module) -> bool:
         """Whether dropout is on: a layer inside, or a number that the forward hands to a kernel."""

@@ -166,6 +166,19 @@ def attention_implementation(module: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def make_static_caches_lazily(model: Any) -> None:
+    """Let `generate` shape a static cache by the keys it is first given, which are this rank's.
+
+    Transformers shapes it beforehand when prompts are read in chunks, by the config's head count.
+    """
+    if hasattr(model, "_get_static_cache_init_shape"):
+        model.__dict__["_get_static_cache_init_shape"] = _unknown_shape
+
+
+def _unknown_shape() -> None:
+    return None
+
+
 def records_attentions(model: Any, given: dict[str, Any]) -> bool:
     """Whether this forward call asks for attention weights."""
     asked = given.get("output_attentions")

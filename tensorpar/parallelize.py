@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from tensorpar import hf_compat
+from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
 from tensorpar.mesh import tp_mesh
@@ -108,6 +108,7 @@ def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: Dev
             )
         if hf_compat.is_model(module):
             bind(module)
+            attention_choice.bind(module)
         if isinstance(module, ParallelAttention) and own.reproducible_dropout:
             module.reproducible_dropout = True
 

@@ -28,6 +28,7 @@ def bind(model: nn.Module) -> None:
     model.__dict__["save_pretrained"] = Bound(save_pretrained, model)
     if hasattr(model, "generate"):
         model.__dict__["generate"] = Bound(generate, model)
+        hf_compat.make_static_caches_lazily(model)
 
 
 def save_pretrained(

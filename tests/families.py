@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tests.configs import (
     gptj_config,
     gptneo_config,
     gptneox_config,
+    roberta_config,
 )
 
 
@@ -100,7 +100,7 @@ FAMILIES = (
         "roberta",
         "RoBERTa",
         "roberta",
-        partial(bert_config, config=transformers.RobertaConfig),
+        roberta_config,
         "RobertaForMaskedLM",
         ({}, CROSS),
         heads=(

@@ -3,7 +3,7 @@
 Only the maths between the projections changes: `scaled_dot_product_attention` in place of two
 products around a softmax, so that no `[batch, heads, queries, keys]` scores are ever allocated.
 When a forward records attention weights, which a fused kernel does not have, or dropout must be
-reproducible, the model's own maths runs.
+reproducible, the model's own maths runs; so it does after `model.set_attn_implementation("eager")`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ class FusedAttention:
         head_dim: size of a head.
         attn_dropout: the dropout on attention weights.
         is_scaled: whether scores are divided by the root of the head size.
+        is_fused: whether the kernel is used at all, or the model's own maths.
     """
 
     head_dim: int
     attn_dropout: nn.Dropout
     training: bool
     is_scaled = True
+    is_fused = True
 
     def _attn(
         self,
@@ -52,7 +54,16 @@ class FusedAttention:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All `[batch, heads, sequence, head_dim]`; the mask is additive. No weights returned."""
+        """All `[batch, heads, sequence, head_dim]`; no weights are returned.
+
+        The mask is additive, or boolean with True for what is seen.
+        """
+        if not self.is_fused:
+            return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            lowest = torch.finfo(torch.float32).min
+            nothing = torch.zeros_like(attention_mask, dtype=torch.float32)
+            attention_mask = nothing.masked_fill(~attention_mask, lowest)
         mask, hides_a_query = self._prepared(attention_mask, query.shape[-2], key.shape[-2])
         if _recording.get() or hides_a_query or reproducing():
             return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
@@ -78,14 +89,21 @@ class FusedAttention:
         """
         if attention_mask is None:
             return self.combined_mask(None, num_queries, num_keys), False
+        if attention_mask.is_inference():  # such a tensor does not tell when it was changed
+            return self._prepare(attention_mask, num_queries, num_keys)
         cache = attention_mask.__dict__.setdefault("_tensorpar_prepared", {})
-        if self.mask_kind not in cache:
-            mask = self.combined_mask(attention_mask, num_queries, num_keys)
-            lowest = torch.finfo(attention_mask.dtype).min
-            hides = mask is not None and bool((mask.amax(-1) <= lowest).any())
-            cache[self.mask_kind] = mask, hides
-        prepared: tuple[torch.Tensor | None, bool] = cache[self.mask_kind]
+        version, prepared = cache.get(self.mask_kind, (None, None))
+        if version != attention_mask._version:
+            prepared = self._prepare(attention_mask, num_queries, num_keys)
+            cache[self.mask_kind] = attention_mask._version, prepared
         return prepared
+
+    def _prepare(
+        self, attention_mask: torch.Tensor, num_queries: int, num_keys: int
+    ) -> tuple[torch.Tensor | None, bool]:
+        mask = self.combined_mask(attention_mask, num_queries, num_keys)
+        lowest = torch.finfo(attention_mask.dtype).min
+        return mask, mask is not None and bool((mask.amax(-1) <= lowest).any())
 
     @property
     def mask_kind(self) -> str:

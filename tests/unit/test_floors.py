@@ -20,7 +20,7 @@ FLOORS = [
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "narrowing"},
+    {"saving", "narrowing", "attention_choice"},
     {"parallelize"},
     {"context", "model"},
 ]

@@ -1,0 +1,51 @@
+"""Degrees that do not divide the real head counts: 12 heads on 8 ranks, 25 on 2, 4 and 8."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conformance.families import (
+    CASES,
+    EXACT,
+    build_causal,
+    generated,
+    outputs_and_gradients,
+)
+from tests.conformance.gpt2 import Tensors, require_close, require_equal_ranks
+from tests.conformance.test_generation import prompt
+
+#: GPT-2 small and BERT base, and GPT-2 XL, narrow and shallow.
+SMALL = {"heads": 12, "head_size": 4, "inner": 50}
+XL = {"heads": 25, "head_size": 2, "inner": 50}
+
+
+def used(family: str, config: dict[str, int], parallel: bool) -> Tensors:
+    """Outputs and gradients, and greedily decoded tokens."""
+    options = {"config": config, "fused_attention": False}
+    found = outputs_and_gradients(family, CASES[family].model, parallel, options)
+    model = build_causal(family, parallel=parallel, **options).eval()
+    return found | generated(model, prompt(), max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "size"),
+    [
+        pytest.param(family, config, size, marks=pytest.mark.feature(feature))
+        for family, config, size, feature in (
+            ("gpt2", XL, 2, "25 heads on 2, 4 and 8 ranks"),
+            ("gpt2", XL, 4, "25 heads on 2, 4 and 8 ranks"),
+            ("gpt2", XL, 8, "25 heads on 2, 4 and 8 ranks"),
+            ("gpt2", SMALL, 8, "12 heads on 8 ranks"),
+            ("bert", SMALL, 8, "12 heads on 8 ranks"),
+            ("gptj", SMALL, 8, "12 heads on 8 ranks"),
+        )
+    ],
+)
+def test_degree(ranks, family, config, size):
+    """Ranks with fewer heads than others, or none, compute what one process does."""
+    results = ranks(size).run(used, family, config, True)
+    require_equal_ranks(results)
+    reference = used(family, config, False)
+    logits = {"logits": results[0].pop("logits")}
+    require_close(logits, {"logits": reference.pop("logits")}, 1e-5)
+    require_close(results[0], reference, EXACT)
