@@ -4,6 +4,11 @@ import tensorpar.families  # noqa: F401  (registers the tables)
 from tensorpar.context import set_tensor_parallelism, tensor_parallelism
 from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
 from tensorpar.model import DistributedModel
+from tensorpar.optimizer import (
+    load_optimizer_state_dict,
+    local_optimizer_state_dict,
+    optimizer_state_dict,
+)
 from tensorpar.parallelize import parallelize
 from tensorpar.ranks import (
     CommGroup,
@@ -43,10 +48,13 @@ __all__ = [
     "get_process_group",
     "init",
     "is_initialized",
+    "load_optimizer_state_dict",
+    "local_optimizer_state_dict",
     "local_rank",
     "local_size",
     "mp_rank",
     "mp_size",
+    "optimizer_state_dict",
     "parallelize",
     "pp_rank",
     "pp_size",

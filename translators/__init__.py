@@ -5,6 +5,13 @@ scripts use, are in `tensorpar.translators.<family>`. None of them communicates.
 """
 
 from .files import load_hf, save_hf
+from .optimizer import (
+    merge_optimizer,
+    optimizer_from_hf,
+    optimizer_to_hf,
+    reshard_optimizer,
+    split_optimizer,
+)
 from .shards import merge, reshard, split
 from .translate import from_hf, hf_to_smdistributed, smdistributed_to_hf, to_hf
 
@@ -13,9 +20,14 @@ __all__ = [
     "hf_to_smdistributed",
     "load_hf",
     "merge",
+    "merge_optimizer",
+    "optimizer_from_hf",
+    "optimizer_to_hf",
     "reshard",
+    "reshard_optimizer",
     "save_hf",
     "smdistributed_to_hf",
     "split",
+    "split_optimizer",
     "to_hf",
 ]

@@ -13,8 +13,18 @@ ROOT = Path(__file__).parents[2]
 
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
-    {"bound", "config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
-    {"mesh", "parameters", "empty_shards", "styles"},
+    {
+        "bound",
+        "config",
+        "partition",
+        "pattern",
+        "random",
+        "rendezvous",
+        "hf_compat",
+        "options",
+        "problems",
+    },
+    {"mesh", "parameters", "empty_shards", "styles", "moments"},
     {"collectives", "ranks", "registry", "gathering"},
     {"region", "agreement", "own_batches", "replace", "reproducible"},
     {"guard"},
@@ -23,6 +33,7 @@ FLOORS = [
     {"saving", "narrowing", "attention_choice"},
     {"parallelize"},
     {"context", "model"},
+    {"optimizer"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}
