@@ -28,7 +28,8 @@ def require_agreement(facts: Mapping[str, object], mesh: DeviceMesh, problem: st
         problem: what it means that they do not, and what to do.
 
     Raises:
-        ValueError: `problem`, followed by each fact that differs with its value on every rank.
+        ValueError: `problem`, followed by the facts that differ with their values on every rank;
+            those that differ in more than a checksum come first, since they explain the others.
     """
     if mesh.size() == 1:
         return
@@ -47,9 +48,15 @@ def _differences(facts: Mapping[str, object], mesh: DeviceMesh) -> str:
     dist.all_gather_object(everyone, dict(facts), group=mesh.get_group())
     names = dict.fromkeys(name for one in everyone for name in one)
     lines = []
-    for name in names:
+    for name in sorted(names, key=lambda name: _differs_in_values_only(name, everyone)):
         values = [one.get(name, "absent") for one in everyone]
         if len({repr(value) for value in values}) > 1:
             told = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
             lines.append(f"{name} = {told}")
     return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+
+
+def _differs_in_values_only(name: str, everyone: list[Mapping[str, object]]) -> bool:
+    """Whether a fact is the same on all ranks but for the checksum at its end."""
+    values = [str(one.get(name, "absent")).partition(" crc ")[0] for one in everyone]
+    return len(set(values)) == 1

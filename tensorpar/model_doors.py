@@ -70,7 +70,7 @@ class ModelDoor:
     def __init__(self, model: nn.Module, mesh: DeviceMesh, *, check_batches: bool) -> None:
         self.mesh = mesh
         self.check_batches = check_batches
-        self.fork = Fork()
+        self.fork = Fork(parts_tensor_parallel_ranks=False)
         self._steps = 0
         self._forwards: list[_Forward] = []
         parameters = inspect.signature(model.forward).parameters

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -57,7 +58,7 @@ class Narrowing:
         heads = _num_heads(module, children)
         for child, style in children.values():
             sizes = _axis_sizes(module, style)
-            self._convert(child, style, sizes, entered=bool(plan.enter or plan.mixin))
+            self.convert(child, style, sizes, entered=bool(plan.enter or plan.mixin))
         for name in plan.divide:
             share = _share(module, name, heads, self.mesh.size(), self.mesh.get_local_rank())
             _set(module, name, share)
@@ -70,12 +71,21 @@ class Narrowing:
             Door(module, plan.enter, self.mesh)
         module.__dict__["_tensorpar_plan"] = plan
 
-    def _convert(
+    def convert(
         self, child: nn.Module, style: Style, sizes: Mapping[str, int], *, entered: bool
     ) -> None:
+        """Make one child a parallel layer, its parameters full and plain until now.
+
+        Args:
+            child: the layer.
+            style: how it is sharded.
+            sizes: lengths of the axes `b` and `h`, as far as the style has them.
+            entered: whether its input has passed the copy region before it.
+        """
         mix_in(child, _mixin(style, child))
         held = child.__dict__
         held.update(mesh=self.mesh, layouts=style.layouts, axis_sizes=dict(sizes))
+        held["style"] = replace(style, blocks=sizes["b"])
         if isinstance(style, Column | Row):
             held["heads_dim"] = style.layouts["weight"].shard_dim if style.heads else None
         if isinstance(style, Row):
@@ -85,6 +95,13 @@ class Narrowing:
         for name, full in child._parameters.items():
             if full is not None:
                 child._parameters[name] = self._cut_parameter(full, style.layouts[name], sizes)
+
+    def cut_own(self, module: nn.Module, name: str) -> None:
+        """Cut one plain parameter of a module that has been laid out before."""
+        full = module._parameters[name]
+        if full is not None and not isinstance(full, DTensor):
+            layout, sizes = module.__dict__["layouts"][name], module.__dict__["axis_sizes"]
+            module._parameters[name] = self._cut_parameter(full, layout, sizes)
 
     def replicate(self, module: nn.Module) -> None:
         """Turn the plain parameters that a module holds itself into replicated DTensors."""

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
+from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
@@ -25,6 +26,7 @@ from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
 from tensorpar.registry import Plan, find
 from tensorpar.replace import replace_children
+from tensorpar.resizing import bind_resizing
 from tensorpar.saving import bind
 
 
@@ -51,6 +53,12 @@ def parallelize(
     mesh = mesh or tp_mesh()
     options = options or Options()
     _require_same_model(model, mesh)
+    with without_adapters(model):
+        _cut(model, mesh, options)
+    return model
+
+
+def _cut(model: nn.Module, mesh: DeviceMesh, options: Options) -> None:
     replace_children(model, options)
     chosen = effective(model, options)
     plans = {
@@ -71,7 +79,6 @@ def parallelize(
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
     _hang_doors(model, chosen, mesh)
-    return model
 
 
 def _open_plan(module: nn.Module) -> object:
@@ -91,6 +98,7 @@ def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: Dev
             ModelDoor.hang(module, mesh, check_batches=own.check_batches)
         if hf_compat.is_model(module):
             bind(module)
+            bind_resizing(module, model)
 
 
 def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -113,8 +121,8 @@ def _refuse_stale_parameters(optimizer: torch.optim.Optimizer, *_: object) -> No
     for group in optimizer.param_groups:
         if any(getattr(p, "_tensorpar_replaced", False) for p in group["params"]):
             raise RuntimeError(
-                f"{type(optimizer).__name__} holds parameters that parallelizing has replaced; "
-                "build the optimizer after the model is parallel"
+                f"{type(optimizer).__name__} holds parameters that parallelizing or resizing has "
+                "replaced; build the optimizer after the model is parallel and has its vocabulary"
             )
 
 

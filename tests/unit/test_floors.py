@@ -20,6 +20,7 @@ FLOORS = [
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
     {"saving", "narrowing"},
+    {"resizing", "lora"},
     {"parallelize"},
     {"context", "model"},
 ]
