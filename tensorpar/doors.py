@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.collectives import copy_region
 from tensorpar.nn.linear import RowParallel
+from tensorpar.parameters import mix_in
 from tensorpar.random import Fork
 from tensorpar.region import close_region, open_region
 
@@ -54,8 +55,12 @@ class Door:
         self._hang(module)
 
     def _hang(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(self.open, with_kwargs=True)
-        module.register_forward_hook(self.close, always_call=True)
+        if hasattr(module, "gradient_checkpointing"):
+            module.__dict__["_tensorpar_inner_door"] = self
+            mix_in(module, BehindDoor)
+        else:
+            module.register_forward_pre_hook(self.open, with_kwargs=True)
+            module.register_forward_hook(self.close, always_call=True)
         for child in module.modules():
             if isinstance(child, RowParallel):
                 child.register_forward_hook(self.close)
@@ -88,3 +93,19 @@ class Door:
         """Forward hook: back to what all ranks share."""
         close_region()
         self.fork.leave()
+
+
+class BehindDoor:
+    """Mixed in front of a layer whose forward Transformers recomputes in backward.
+
+    It recomputes the forward alone, without the layer's hooks, so the door is part of the forward.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, between the two sides of its door."""
+        door: Door = self.__dict__["_tensorpar_inner_door"]
+        args, kwargs = door.open(self, args, kwargs)  # type: ignore[arg-type]
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            door.close()

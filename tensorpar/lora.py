@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from tensorpar.collectives import all_reduce
 from tensorpar.gathering import TIMEOUT, hf_layout, placed_as, tensorpar_layout, whole_tensors
 from tensorpar.mesh import tp_mesh
 from tensorpar.narrowing import Narrowing
@@ -109,6 +110,9 @@ def make_layer(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> An
             f"{_INITIALISATIONS} on a tensor-parallel model, where no rank has a whole weight"
         )
     layer = make(config, adapter_name, _stand_in(target), **kwargs)
+    if layer.lora_variant:
+        variant = type(layer.lora_variant[adapter_name]).__name__
+        raise ValueError(f"LoRA was asked for as {variant}, required: plain LoRA; unset its option")
     layer.base_layer = target
     adapt(layer)
     return layer
@@ -197,6 +201,27 @@ class ParallelLora:
         if isinstance(dropout, nn.Dropout):
             p = dropout.p
             self.lora_dropout[adapter_name] = OwnDropout(p, tp_mesh()) if own else CommonDropout(p)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the pairs to the weight in place.
+
+        Args:
+            safe_merge: look at the result on all ranks before anything is changed.
+            adapter_names: by default all that are active.
+
+        Raises:
+            ValueError: with `safe_merge`, some element would not be finite; on every rank.
+        """
+        for name in (adapter_names or self.active_adapters) if safe_merge else ():  # type: ignore[attr-defined]
+            if name in self.lora_A and not self._stays_finite(name):
+                raise ValueError(f"merging adapter {name} would give weights that are not finite")
+        super().merge(adapter_names=adapter_names)  # type: ignore[misc]
+
+    def _stays_finite(self, adapter: str) -> bool:
+        weight = self.get_base_layer().weight  # type: ignore[attr-defined]
+        merged = local(weight) + local(self.get_delta_weight(adapter))
+        bad = (~merged.isfinite()).sum()
+        return int(all_reduce(bad, tp_mesh())) == 0
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`B A` as the layer's weight is laid out and placed: a DTensor."""

@@ -94,7 +94,7 @@ def trained(model: Any, family: str) -> Tensors:
 
 
 def whole_life(family: str, parallel: bool, first: bool) -> Tensors:
-    """Initial adapters, training, the file, a second model that loads it, and the merged weights."""
+    """Initial adapters, training, the file, a model that loads it, and the merged weights."""
     model = adapted(family, parallel=parallel, first=first)
     assert {isinstance(p, DTensor) for p in model.parameters()} == {parallel}
     found = detached(whole_adapters(model), "initial")
@@ -140,13 +140,17 @@ def in_many_ways(family: str, parallel: bool) -> Tensors:
     head = {"gpt2": "lm_head", "gptj": "lm_head", "bert": "cls.predictions.decoder"}[family]
     whole = {"gpt2": "ln_f", "gptj": "ln_f", "bert": "cls.predictions.transform.LayerNorm"}[family]
     more = {"target_modules": [*TARGETS[family], head], "modules_to_save": [whole]}
-    if family != "bert":
-        more["lora_bias"] = family == "gptj"
     if family == "bert":
         more["target_modules"].append("transform.dense")  # replicated
-    model = adapted(family, parallel=parallel, **more, use_rslora=True)
-    torch.manual_seed(6)
-    model.add_adapter("second", lora(family, r=2, init_lora_weights="gaussian", **more))
+    more["lora_bias"] = family == "bert"
+    # merging into a tied head would change the embedding, in one process too
+    untied = build(
+        family, CASES[family].model, parallel=parallel, config={"tie_word_embeddings": False}
+    )
+    torch.manual_seed(5)
+    model = peft.get_peft_model(untied, lora(family, use_rslora=True, **more))
+    second = {"r": 2, "init_lora_weights": True if more["lora_bias"] else "gaussian"}
+    model.add_adapter("second", lora(family, **second, **more))
     batch = inputs(CASES[family].model, labels=False)
     found = {}
 
@@ -171,7 +175,7 @@ def in_many_ways(family: str, parallel: bool) -> Tensors:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*", "ignore:.*ensure_weight_tying.*")
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*ensure_weight_tying.*")
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
 @pytest.mark.parametrize("family", ["gpt2", "bert", "gptj"])
 def test_several_adapters_on_more_layers(ranks, family):
@@ -276,7 +280,7 @@ def test_adapters_that_do_not_shard_are_refused(ranks):
     """Initial values from the weight, DoRA, embeddings and other tuners: a clear error each."""
     for told in ranks(2).run(refusals):
         assert "init_lora_weights = 'pissa', required: one of" in told["pissa"]
-        assert "use_dora" in told["dora"]
+        assert "DoraLinearVariant" in told["dora"]
         assert "required: linear layers" in told["wte"]
         assert "peft's IA3Model" in told["ia3"]
         assert "make the model parallel first" in told["first"]
@@ -298,4 +302,4 @@ def test_adapters_that_transformers_adds(ranks):
     """`model.add_adapter` makes the same parallel pairs."""
     results = ranks(2).run(as_transformers_adapts, True)
     require_equal_ranks(results)
-    require_close(results[0], as_transformers_adapts(False), 1e-10)
+    require_close(results[0], as_transformers_adapts(False), BEHIND_FLOAT32)
