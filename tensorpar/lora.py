@@ -17,23 +17,19 @@ cut. peft is never imported here: torch tells when one of its tuners takes hold 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
-from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from tensorpar.adapter_files import bind_files
 from tensorpar.collectives import all_reduce
-from tensorpar.gathering import TIMEOUT, hf_layout, placed_as, tensorpar_layout, whole_tensors
 from tensorpar.mesh import tp_mesh
 from tensorpar.narrowing import Narrowing
 from tensorpar.nn.adapters import CommonDropout, OwnDropout, SummedGradient
@@ -41,7 +37,6 @@ from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.nn.vocabulary import VocabParallelHead
 from tensorpar.parameters import local, mix_in, shard_in_place
 from tensorpar.region import LocalParameters
-from tensorpar.rendezvous import rendezvous
 from tensorpar.styles import Column, Row, VocabParallel
 
 #: initialisations that do not read the layer's weight, which no rank has whole.
@@ -60,7 +55,7 @@ def _on_attachment(parent: nn.Module, name: str, child: nn.Module | None) -> Non
         and isinstance(child, peft.LoraModel)
         and _is_parallel(child)
     ):
-        _bind(parent)
+        bind_files(parent)
 
 
 register_module_module_registration_hook(_on_attachment)
@@ -86,12 +81,6 @@ def _prepare(tuner: nn.Module) -> None:
             "other tuners would read the shapes of one rank's shards"
         )
     tuner.__dict__["_create_new_module"] = make_layer
-
-
-def _bind(model: nn.Module) -> None:
-    """Give a `PeftModel` around a parallel model its own saving, and loading of full tensors."""
-    model.__dict__["save_pretrained"] = MethodType(save_pretrained, model)
-    model.register_load_state_dict_pre_hook(_cut_what_is_loaded)
 
 
 def make_layer(config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
@@ -255,71 +244,6 @@ def _sum_gradient(module: nn.Module, *, copy_input: bool = False) -> None:
     module.__dict__.update(mesh=mesh, copy_input=copy_input)
 
 
-def save_pretrained(
-    self: Any,
-    save_directory: str | os.PathLike[str],
-    *,
-    timeout: timedelta = TIMEOUT,
-    **kwargs: Any,
-) -> None:
-    """`PeftModel.save_pretrained`: an ordinary adapter folder; collective, written by rank 0.
-
-    Args:
-        self: peft's model around a parallel one.
-        save_directory: the folder; made if absent.
-        timeout: how long to wait for the last rank to call this.
-        kwargs: as for `PeftModel.save_pretrained`.
-
-    Raises:
-        TimeoutError: a rank does not make this call in time; on all ranks that do.
-        ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
-            state dict is the model's own.
-    """
-    if refused := sorted({"state_dict", "is_main_process"} & set(kwargs)):
-        raise ValueError(
-            f"{refused} given, required: neither; call save_pretrained on every rank, rank 0 writes"
-        )
-    rank = rendezvous("PeftModel.save_pretrained", timeout)
-    wanted = _adapter_tensors(self, embeddings=kwargs.get("save_embedding_layers", "auto"))
-    pairs = whole_tensors(wanted, keep=rank == 0)
-    gathered = {name: value for name, value in pairs if rank == 0}
-    if rank == 0:
-        state_dict = hf_layout(self, gathered)
-        type(self).save_pretrained(self, save_directory, state_dict=state_dict, **kwargs)
-    dist.barrier()
-
-
-def _adapter_tensors(model: Any, *, embeddings: bool | str) -> dict[str, torch.Tensor]:
-    """What peft may save: all but the frozen model; its embeddings, should peft want them."""
-    frozen = {id(p) for p in _base_parameters(model)}
-    if embeddings:
-        base = model.get_base_model()
-        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
-            frozen -= {id(p) for p in ([] if layer is None else layer.parameters())}
-    own = model.state_dict(keep_vars=True)
-    return {name: value for name, value in own.items() if id(value) not in frozen}
-
-
-def _base_parameters(model: Any) -> Iterator[nn.Parameter]:
-    adapters = ("lora_", "modules_to_save", "trainable_tokens")
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in adapters):
-            yield parameter
-
-
-def _cut_what_is_loaded(module: nn.Module, state_dict: Any, *_: object) -> None:
-    """Full tensors of a file, in Hugging Face's layout, become this rank's shards."""
-    own = module.state_dict(keep_vars=True)
-    plain = {
-        name: value
-        for name, value in state_dict.items()
-        if isinstance(own.get(name), DTensor) and not isinstance(value, DTensor)
-    }
-    for name, full in tensorpar_layout(module, plain).items():
-        if own[name].shape == full.shape:  # of another, torch will complain
-            state_dict[name] = placed_as(own[name], full)
-
-
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within: layers that peft has wrapped stand in their own places; then the pairs are cut.
@@ -344,7 +268,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         if isinstance(module, peft.LoraModel):
             _prepare(module)
         elif isinstance(module, peft.PeftModel):
-            _bind(module)
+            bind_files(module)
 
 
 def _wrapped(model: nn.Module, peft: Any) -> Iterator[tuple[nn.Module, str, Any]]:

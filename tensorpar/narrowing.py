@@ -54,7 +54,7 @@ class Narrowing:
                 layouts = {name: style.layouts[""]}
                 module.__dict__.update(layouts=layouts, axis_sizes={})
                 full = module.get_parameter(name)
-                module._parameters[name] = self._cut_parameter(full, layouts[name], {})
+                module._parameters[name] = self.cut_parameter(full, layouts[name], {})
         heads = _num_heads(module, children)
         for child, style in children.values():
             sizes = _axis_sizes(module, style)
@@ -69,7 +69,7 @@ class Narrowing:
             module.__dict__["mesh"] = self.mesh
         if plan.enter or (plan.mixin is not None and plan.children):
             Door(module, plan.enter, self.mesh)
-        module.__dict__["_tensorpar_plan"] = plan
+        module.__dict__["_tensorpar_plan"] = True  # carried out; plans hold functions
 
     def convert(
         self, child: nn.Module, style: Style, sizes: Mapping[str, int], *, entered: bool
@@ -94,14 +94,14 @@ class Narrowing:
             held["copy_input"] = not entered
         for name, full in child._parameters.items():
             if full is not None:
-                child._parameters[name] = self._cut_parameter(full, style.layouts[name], sizes)
+                child._parameters[name] = self.cut_parameter(full, style.layouts[name], sizes)
 
     def cut_own(self, module: nn.Module, name: str) -> None:
         """Cut one plain parameter of a module that has been laid out before."""
         full = module._parameters[name]
         if full is not None and not isinstance(full, DTensor):
             layout, sizes = module.__dict__["layouts"][name], module.__dict__["axis_sizes"]
-            module._parameters[name] = self._cut_parameter(full, layout, sizes)
+            module._parameters[name] = self.cut_parameter(full, layout, sizes)
 
     def replicate(self, module: nn.Module) -> None:
         """Turn the plain parameters that a module holds itself into replicated DTensors."""
@@ -111,13 +111,14 @@ class Narrowing:
             if full is not None and not isinstance(full, DTensor)
         }
         for name, full in plain.items():
-            module._parameters[name] = self._cut_parameter(full, None, {})
+            module._parameters[name] = self.cut_parameter(full, None, {})
         if plain and not hf_compat.is_model(module):
             mix_in(module, LocalParameters)
 
-    def _cut_parameter(
+    def cut_parameter(
         self, full: nn.Parameter, layout: Layout | None, sizes: Mapping[str, int]
     ) -> nn.Parameter:
+        """This rank's part of a full parameter; the same for those that are tied to it."""
         if full in self._cut:
             new, its_layout = self._cut[full]
             if its_layout != layout:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
+from tensorpar.bound import make_methods_portable
 from tensorpar.delayed import fill
 from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
@@ -24,6 +25,7 @@ from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
 from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
+from tensorpar.region import LocalParameters
 from tensorpar.registry import Plan, find
 from tensorpar.replace import replace_children
 from tensorpar.resizing import bind_resizing
@@ -54,11 +56,35 @@ def parallelize(
     options = options or Options()
     _require_same_model(model, mesh)
     with without_adapters(model):
-        _cut(model, mesh, options)
+        _cut(model, mesh, options, root=model)
     return model
 
 
-def _cut(model: nn.Module, mesh: DeviceMesh, options: Options) -> None:
+def join(module: nn.Module, options: Options) -> None:
+    """Make a module parallel that a parallel model is about to get; collective as `parallelize`."""
+    if any(not isinstance(parameter, DTensor) for parameter in module.parameters()):
+        mesh = tp_mesh()
+        _require_same_model(module, mesh)
+        with without_adapters(module):
+            _cut(module, mesh, options, root=None)
+
+
+def join_parameter(module: nn.Module, full: nn.Parameter) -> nn.Parameter:
+    """The same of a parameter that a module of a parallel model is about to get."""
+    if isinstance(full, DTensor) or "layouts" in module.__dict__:
+        return full
+    narrowing = Narrowing(tp_mesh())
+    if not hf_compat.is_model(module):
+        mix_in(module, LocalParameters)
+    return narrowing.cut_parameter(full, None, {})
+
+
+def is_settled(root: nn.Module) -> bool:
+    """Whether a model is parallel, and what it gets from now on must be so too."""
+    return "_tensorpar_door" in root.__dict__ and "_tensorpar_unsettled" not in root.__dict__
+
+
+def _cut(model: nn.Module, mesh: DeviceMesh, options: Options, *, root: nn.Module | None) -> None:
     replace_children(model, options)
     chosen = effective(model, options)
     plans = {
@@ -78,7 +104,7 @@ def _cut(model: nn.Module, mesh: DeviceMesh, options: Options) -> None:
         _move_buffers(module, mesh)
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
-    _hang_doors(model, chosen, mesh)
+    _hang_doors(root, chosen, mesh)
 
 
 def _open_plan(module: nn.Module) -> object:
@@ -92,13 +118,16 @@ def _move_buffers(module: nn.Module, mesh: DeviceMesh) -> None:
             module._buffers[name] = buffer.to(mesh.device_type)
 
 
-def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: DeviceMesh) -> None:
+def _hang_doors(
+    root: nn.Module | None, chosen: Mapping[nn.Module, Options], mesh: DeviceMesh
+) -> None:
     for module, own in chosen.items():
-        if module is model or hf_compat.is_model(module):
+        if module is root or hf_compat.is_model(module):
             ModelDoor.hang(module, mesh, check_batches=own.check_batches)
         if hf_compat.is_model(module):
             bind(module)
-            bind_resizing(module, model)
+            bind_resizing(module, root or module)
+            make_methods_portable(module)
 
 
 def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:

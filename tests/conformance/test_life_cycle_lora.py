@@ -175,7 +175,9 @@ def in_many_ways(family: str, parallel: bool) -> Tensors:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*", "ignore:.*ensure_weight_tying.*")
+@pytest.mark.filterwarnings(
+    "ignore:.*(fan_in_fan_out|have invalid shape).*", "ignore:.*ensure_weight_tying.*"
+)
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
 @pytest.mark.parametrize("family", ["gpt2", "bert", "gptj"])
 def test_several_adapters_on_more_layers(ranks, family):

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
-    {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
+    {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options", "bound"},
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
     {"region", "agreement", "own_batches", "replace"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "narrowing"},
+    {"saving", "narrowing", "adapter_files"},
     {"resizing", "lora"},
     {"parallelize"},
     {"context", "model"},
