@@ -28,12 +28,13 @@ def require_agreement(facts: Mapping[str, object], mesh: DeviceMesh, problem: st
         problem: what it means that they do not, and what to do.
 
     Raises:
-        ValueError: `problem`, followed by each fact that differs with its value on every rank.
+        ValueError: `problem`, followed by the facts that differ with their values on every rank;
+            those that differ in more than a checksum come first, since they explain the others.
     """
     found = differing(facts, mesh)
     lines = [
         f"{name} = {', '.join(f'{value} on rank {rank}' for rank, value in enumerate(values))}"
-        for name, values in found.items()
+        for name, values in sorted(found.items(), key=lambda item: _same_but_values(item[1]))
     ]
     if lines:
         more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -63,3 +64,8 @@ def differing(facts: Mapping[str, object], mesh: DeviceMesh) -> dict[str, list[o
     names = dict.fromkeys(name for one in everyone for name in one)
     values = {name: [one.get(name, "absent") for one in everyone] for name in names}
     return {name: of for name, of in values.items() if len({repr(value) for value in of}) > 1}
+
+
+def _same_but_values(values: list[object]) -> bool:
+    """Whether a fact is the same on all ranks but for the checksum at its end."""
+    return len({str(value).partition(" crc ")[0] for value in values}) == 1

@@ -12,6 +12,7 @@ from torch import nn
 
 from tensorpar.bound import Bound
 from tensorpar.parameters import mix_in
+from tensorpar.registry import Plan, find
 
 
 def bind(model: nn.Module) -> None:
@@ -41,5 +42,6 @@ def set_attn_implementation(
 
 def _fusible(model: nn.Module) -> list[tuple[nn.Module, type]]:
     """The modules of a parallel model whose attention can be fused, with the class for it."""
-    plans = ((module, module.__dict__.get("_tensorpar_plan")) for module in model.modules())
-    return [(module, plan.fused) for module, plan in plans if plan is not None and plan.fused]
+    cut = (module for module in model.modules() if "_tensorpar_plan" in module.__dict__)
+    plans = ((module, find(type(module))) for module in cut)
+    return [(module, plan.fused) for module, plan in plans if isinstance(plan, Plan) and plan.fused]

@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from tensorpar import hf_compat
 from tensorpar.delayed import EmptyOnMeta
 from tensorpar.mesh import is_initialized, world
 from tensorpar.options import Options, mark
-from tensorpar.parallelize import parallelize
+from tensorpar.parallelize import is_settled, join, join_parameter, parallelize
 from tensorpar.registry import find, fuses_attention
 
 
@@ -53,6 +56,15 @@ class _Construction:
             failed = hf_compat.is_model(root) and "_tensorpar_door" not in root.__dict__
             if not failed and not all(isinstance(p, DTensor) for p in root.parameters()):
                 parallelize(root, options=self.options)
+
+    def joins(self, parent: nn.Module, options: Options) -> bool:
+        """Whether what `parent` is about to get must become parallel at once.
+
+        So it is with layers that a subclass adds after its parent class's constructor, which has
+        made the model parallel. Delayed initialisation needs a whole model, at the end.
+        """
+        delayed = options.delayed_parameter_initialization
+        return options.enabled and not delayed and is_settled(self._root(parent))
 
     def _root(self, module: nn.Module) -> nn.Module:
         while (reference := self._parents.get(module)) is not None:
@@ -122,12 +134,16 @@ def _defaults() -> dict[str, Any]:
 
 @contextmanager
 def _watching() -> Iterator[None]:
-    handle = register_module_module_registration_hook(_on_attachment)
+    handles = (
+        register_module_module_registration_hook(_on_attachment),
+        register_module_parameter_registration_hook(_on_parameter),  # type: ignore[arg-type]
+    )
     try:
         with hf_compat.watch_construction(hf_compat.Watcher(_on_finished_model, _fuses)):
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _on_attachment(parent: nn.Module, _name: str, child: nn.Module | None) -> None:
@@ -138,6 +154,17 @@ def _on_attachment(parent: nn.Module, _name: str, child: nn.Module | None) -> No
     construction.attached(parent, options)
     if not child._modules:  # a leaf is never a parent, but its class may be registered
         construction.attached(child, options)
+    if construction.joins(parent, options):
+        join(child, options)
+
+
+def _on_parameter(
+    module: nn.Module, _name: str, parameter: nn.Parameter | None
+) -> nn.Parameter | None:
+    construction, options = _construction.get(), _options.get()
+    if construction is None or options is None or parameter is None:
+        return parameter
+    return join_parameter(module, parameter) if construction.joins(module, options) else parameter
 
 
 def _fuses(module_cls: type) -> bool:

@@ -98,13 +98,16 @@ def load_full(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool =
         for name in own.keys() & state_dict.keys():
             target, value = own[name], state_dict[name]
             if isinstance(target, DTensor) and not isinstance(value, DTensor):
-                value = distribute_tensor(
-                    torch.as_tensor(value).to(target.device),
-                    target.device_mesh,
-                    target.placements,
-                    src_data_rank=None,
-                )
+                value = placed_as(target, torch.as_tensor(value))
             target.copy_(value)
+
+
+def placed_as(parameter: DTensor, full: torch.Tensor) -> torch.Tensor:
+    """A DTensor of this rank's part of `full`, placed as `parameter` is; no communication."""
+    placed: torch.Tensor = distribute_tensor(
+        full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+    return placed
 
 
 def check_keys(own: Mapping[str, torch.Tensor], given: Mapping[str, Any], *, strict: bool) -> None:

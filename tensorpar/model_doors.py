@@ -31,7 +31,7 @@ from tensorpar.nn.cross_entropy import ShardedLoss
 from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
-from tensorpar.region import close_region
+from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
 
 #: for how many forwards of a model the content of the batch is compared, not only its shape.
 CONTENT_STEPS = 10
@@ -84,7 +84,7 @@ class ModelDoor:
         self.mesh = mesh
         self.guard = Guard(model, mesh, check_replicas_every)
         self.check_batches = check_batches
-        self.fork = Fork()
+        self.fork = Fork(parts_tensor_parallel_ranks=False)
         self._steps = 0
         self._forwards: list[_Forward] = []
         parameters = inspect.signature(model.forward).parameters
@@ -121,6 +121,11 @@ class ModelDoor:
         close_region()  # an exception may have left one open
         forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
         self._forwards.append(forward)
+        forward.contexts.callback(end_forward, begin_forward())
+        if is_hf and model._parameters:  # its class stays its own, so nothing is mixed in
+            shelf = model._parameters
+            model.__dict__["_parameters"] = plain_shelf(shelf)
+            forward.contexts.callback(model.__dict__.__setitem__, "_parameters", shelf)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if forward.is_outermost:
             self._enter_outermost(model, given, forward.contexts)
@@ -137,7 +142,8 @@ class ModelDoor:
         if self.check_batches and not _generating.get():
             self.compare(given, training=model.training)
         self.guard.enter(model, given)
-        if model.training and is_initialized() and world().mesh["dp"].size() > 1:
+        # not `mesh["dp"]`: a slice is a new mesh, which torch.compile cannot make
+        if model.training and is_initialized() and world().mesh.size(0) > 1:
             self.fork.enter(world().mesh.get_local_rank("dp"))
             contexts.callback(self.fork.leave)
 

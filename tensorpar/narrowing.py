@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -57,11 +58,11 @@ class Narrowing:
                 layouts = {name: style.layouts[""]}
                 module.__dict__.update(layouts=layouts, axis_sizes={})
                 full = module.get_parameter(name)
-                module._parameters[name] = self._cut_parameter(full, layouts[name], {})
+                module._parameters[name] = self.cut_parameter(full, layouts[name], {})
         heads = _num_heads(module, children)
         for child, style in children.values():
             sizes = _axis_sizes(module, style)
-            self._convert(child, style, sizes, entered=bool(plan.enter or plan.mixin))
+            self.convert(child, style, sizes, entered=bool(plan.enter or plan.mixin))
         for name in plan.divide:
             share = _share(module, name, heads, self.mesh.size(), self.mesh.get_local_rank())
             _set(module, name, share)
@@ -73,14 +74,23 @@ class Narrowing:
         columns = any(isinstance(style, Column) for style in plan.children.values())
         if columns or plan.enter or (plan.mixin is not None and plan.children):
             Door(module, plan.enter, self.mesh, Randomness(heads, reproducible=reproducible))
-        module.__dict__["_tensorpar_plan"] = plan
+        module.__dict__["_tensorpar_plan"] = True  # carried out; plans hold functions
 
-    def _convert(
+    def convert(
         self, child: nn.Module, style: Style, sizes: Mapping[str, int], *, entered: bool
     ) -> None:
+        """Make one child a parallel layer, its parameters full and plain until now.
+
+        Args:
+            child: the layer.
+            style: how it is sharded.
+            sizes: lengths of the axes `b` and `h`, as far as the style has them.
+            entered: whether its input has passed the copy region before it.
+        """
         mix_in(child, _mixin(style, child))
         held = child.__dict__
         held.update(mesh=self.mesh, layouts=style.layouts, axis_sizes=dict(sizes))
+        held["style"] = replace(style, blocks=sizes["b"])
         if isinstance(style, Column | Row):
             held["heads_dim"] = style.layouts["weight"].shard_dim if style.heads else None
         if isinstance(style, Row):
@@ -89,7 +99,14 @@ class Narrowing:
             held["copy_input"] = not entered
         for name, full in child._parameters.items():
             if full is not None:
-                child._parameters[name] = self._cut_parameter(full, style.layouts[name], sizes)
+                child._parameters[name] = self.cut_parameter(full, style.layouts[name], sizes)
+
+    def cut_own(self, module: nn.Module, name: str) -> None:
+        """Cut one plain parameter of a module that has been laid out before."""
+        full = module._parameters[name]
+        if full is not None and not isinstance(full, DTensor):
+            layout, sizes = module.__dict__["layouts"][name], module.__dict__["axis_sizes"]
+            module._parameters[name] = self.cut_parameter(full, layout, sizes)
 
     def replicate(self, module: nn.Module) -> None:
         """Turn the plain parameters that a module holds itself into replicated DTensors."""
@@ -99,13 +116,14 @@ class Narrowing:
             if full is not None and not isinstance(full, DTensor)
         }
         for name, full in plain.items():
-            module._parameters[name] = self._cut_parameter(full, None, {})
+            module._parameters[name] = self.cut_parameter(full, None, {})
         if plain and not hf_compat.is_model(module):
             mix_in(module, LocalParameters)
 
-    def _cut_parameter(
+    def cut_parameter(
         self, full: nn.Parameter, layout: Layout | None, sizes: Mapping[str, int]
     ) -> nn.Parameter:
+        """This rank's part of a full parameter; the same for those that are tied to it."""
         if full in self._cut:
             new, its_layout = self._cut[full]
             if its_layout != layout:

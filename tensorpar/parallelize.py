@@ -18,15 +18,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
+from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
 from tensorpar.nn.attention import ParallelAttention
 from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
+from tensorpar.region import LocalParameters
 from tensorpar.registry import Plan, find, require_classes
 from tensorpar.replace import replace_children
 from tensorpar.reproducible import refuse_unknown_order
+from tensorpar.resizing import bind_resizing
 from tensorpar.saving import bind
 
 
@@ -58,6 +61,36 @@ def parallelize(
     for module in model.modules():
         if hf_compat.is_model(module):
             require_classes(type(module))
+    with without_adapters(model):
+        _cut(model, mesh, options, root=model)
+    return model
+
+
+def join(module: nn.Module, options: Options) -> None:
+    """Make a module parallel that a parallel model is about to get; collective as `parallelize`."""
+    if any(not isinstance(parameter, DTensor) for parameter in module.parameters()):
+        mesh = tp_mesh()
+        _require_same_model(module, mesh)
+        with without_adapters(module):
+            _cut(module, mesh, options, root=None)
+
+
+def join_parameter(module: nn.Module, full: nn.Parameter) -> nn.Parameter:
+    """The same of a parameter that a module of a parallel model is about to get."""
+    if isinstance(full, DTensor) or "layouts" in module.__dict__:
+        return full
+    narrowing = Narrowing(tp_mesh())
+    if not hf_compat.is_model(module):
+        mix_in(module, LocalParameters)
+    return narrowing.cut_parameter(full, None, {})
+
+
+def is_settled(root: nn.Module) -> bool:
+    """Whether a model is parallel, and what it gets from now on must be so too."""
+    return "_tensorpar_door" in root.__dict__ and "_tensorpar_unsettled" not in root.__dict__
+
+
+def _cut(model: nn.Module, mesh: DeviceMesh, options: Options, *, root: nn.Module | None) -> None:
     replace_children(model, options)
     chosen = effective(model, options)
     plans = {
@@ -77,8 +110,7 @@ def parallelize(
         _move_buffers(module, mesh)
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
-    _hang_doors(model, chosen, mesh)
-    return model
+    _hang_doors(root, chosen, mesh)
 
 
 def _open_plan(module: nn.Module) -> object:
@@ -99,15 +131,18 @@ def _move_buffers(module: nn.Module, mesh: DeviceMesh) -> None:
             module._buffers[name] = buffer.to(mesh.device_type)
 
 
-def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: DeviceMesh) -> None:
+def _hang_doors(
+    root: nn.Module | None, chosen: Mapping[nn.Module, Options], mesh: DeviceMesh
+) -> None:
     every = max(own.check_replicas_every for own in chosen.values())
     for module, own in chosen.items():
-        if module is model or hf_compat.is_model(module):
+        if module is root or hf_compat.is_model(module):
             ModelDoor.hang(
                 module, mesh, check_batches=own.check_batches, check_replicas_every=every
             )
         if hf_compat.is_model(module):
             bind(module)
+            bind_resizing(module, root or module)
             attention_choice.bind(module)
         if isinstance(module, ParallelAttention) and own.reproducible_dropout:
             module.reproducible_dropout = True
@@ -133,8 +168,8 @@ def _refuse_stale_parameters(optimizer: torch.optim.Optimizer, *_: object) -> No
     for group in optimizer.param_groups:
         if any(getattr(p, "_tensorpar_replaced", False) for p in group["params"]):
             raise RuntimeError(
-                f"{type(optimizer).__name__} holds parameters that parallelizing has replaced; "
-                "build the optimizer after the model is parallel"
+                f"{type(optimizer).__name__} holds parameters that parallelizing or resizing has "
+                "replaced; build the optimizer after the model is parallel and has its vocabulary"
             )
 
 

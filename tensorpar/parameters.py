@@ -8,7 +8,7 @@ No activation is one: a forward takes `local(parameter)` and calls plain kernels
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, SupportsIndex, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -96,7 +96,29 @@ def mix_in(module: nn.Module, mixin: type) -> None:
     if issubclass(base, mixin):
         return
     if (mixed := _mixtures.get((mixin, base))) is None:
-        namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+        namespace = {
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce,
+            "_tensorpar_mixture": True,
+        }
         mixed = type(f"{mixin.__name__}{base.__name__}", (mixin, base), namespace)
         _mixtures[mixin, base] = mixed
     module.__class__ = mixed
+
+
+def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+    """How an instance of a mixture is copied and pickled: its class has no name to be found by."""
+    cls, mixins = type(module), []
+    while "_tensorpar_mixture" in cls.__dict__:
+        mixin, cls = cls.__bases__
+        mixins.append(mixin)
+    state = object.__reduce_ex__(module, protocol)[2:]
+    return _rebuild, (cls, tuple(reversed(mixins))), *state
+
+
+def _rebuild(cls: type[nn.Module], mixins: tuple[type, ...]) -> nn.Module:
+    module = cls.__new__(cls)
+    for mixin in mixins:
+        mix_in(module, mixin)
+    return module

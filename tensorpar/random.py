@@ -9,6 +9,9 @@ checkpointing replays both streams, and a checkpoint of the default generators i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 _MASK = (1 << 64) - 1
@@ -36,9 +39,14 @@ class Fork:
 
     `leave` without `enter` does nothing, so the door that opened a fork may close it again after
     a layer inside has.
+
+    Args:
+        parts_tensor_parallel_ranks: whether the ranks that share a model get a stream each; False
+            where all of them take the same, another than data-parallel ranks'.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, parts_tensor_parallel_ranks: bool = True) -> None:
+        self._parts = parts_tensor_parallel_ranks
         self._saved: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def enter(self, rank: int) -> None:
@@ -54,6 +62,8 @@ class Fork:
         torch.default_generator.manual_seed(seed)
         if cuda:
             torch.cuda.manual_seed(seed)
+        if self._parts:
+            _entered.append(self)
 
     def leave(self) -> None:
         """Return to the common stream where `enter` left it."""
@@ -61,10 +71,38 @@ class Fork:
             return
         cpu, cuda = self._saved
         self._saved = None
+        if self._parts:
+            _entered.remove(self)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    def exchange(self) -> None:
+        """Step out of an entered fork, or back in; each stream goes on where it was left."""
+        assert self._saved is not None
+        cpu, cuda = self._saved
+        self._saved = torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state()
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
 
     def __deepcopy__(self, memo: object) -> Fork:
         """A copied module starts outside its doors."""
-        return Fork()
+        return Fork(parts_tensor_parallel_ranks=self._parts)
+
+
+#: forks that are entered and give tensor-parallel ranks a stream each, the innermost last.
+_entered: list[Fork] = []
+
+
+@contextmanager
+def common_stream() -> Iterator[None]:
+    """Within: draws are the same on all tensor-parallel ranks, inside a fork too."""
+    fork = _entered[-1] if _entered else None
+    if fork is not None:
+        fork.exchange()
+    try:
+        yield
+    finally:
+        if fork is not None:
+            fork.exchange()

@@ -7,10 +7,12 @@ the heads, say) sees a part of its gradient on each rank: the parts are summed i
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tensorpar.collectives import copy_region
 from tensorpar.parameters import local, shard_dim
@@ -41,11 +43,30 @@ def plain(parameter: torch.Tensor) -> torch.Tensor:
     return copy_region(local(parameter), mesh)
 
 
+_computing: ContextVar[bool] = ContextVar("computing", default=False)
+
+
+def begin_forward() -> Token[bool]:
+    """From here on replicated parameters read plain, from outside their module too."""
+    return _computing.set(True)
+
+
+def end_forward(token: Token[bool]) -> None:
+    """Back to what was before `begin_forward`."""
+    _computing.reset(token)
+
+
+def plain_shelf(shelf: dict[str, Any]) -> dict[str, Any]:
+    """A module's own parameters as its forward sees them."""
+    return {name: None if p is None else plain(p) for name, p in shelf.items()}
+
+
 class LocalParameters:
     """Mixed into the class of a module with replicated parameters: its forward sees them plain.
 
     The module stays an instance of its own class; only while its forward runs do its parameters
-    read as local tensors.
+    read as local tensors. While the model's runs, so they do for other modules, which may use them
+    in a forward of theirs (`torch.nn.MultiheadAttention` reads its child's).
     """
 
     _parameters: dict[str, torch.Tensor | None]
@@ -53,9 +74,15 @@ class LocalParameters:
     def forward(self, *args: object, **kwargs: object) -> object:
         """The class's own forward, on local tensors."""
         shelf = self._parameters
-        seen = {name: None if p is None else plain(p) for name, p in shelf.items()}
-        self.__dict__["_parameters"] = seen
+        self.__dict__["_parameters"] = plain_shelf(shelf)
+        token = begin_forward()
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
+            end_forward(token)
             self.__dict__["_parameters"] = shelf
+
+    def __getattr__(self, name: str) -> Any:
+        """torch looks parameters up here."""
+        value = super().__getattr__(name)  # type: ignore[misc]
+        return plain(value) if isinstance(value, DTensor) and _computing.get() else value

@@ -99,7 +99,7 @@ class RowParallel:
         close_region()
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
         if self.partial:
-            bias = None if self.bias is None else _OnFirstRank.apply(local(self.bias), self.mesh)
+            bias = None if self.bias is None else on_first_rank(local(self.bias), self.mesh)
             return F.linear(input, weight, bias)
         output = reduce_region(F.linear(input, weight), self.mesh)
         return output if self.bias is None else output + local(self.bias)
@@ -118,6 +118,12 @@ class _OnFirstRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004
         return grad, None
+
+
+def on_first_rank(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """A replicated tensor as a term of a sum over ranks: itself on the first, zeros elsewhere."""
+    term: torch.Tensor = _OnFirstRank.apply(x, mesh)
+    return term
 
 
 @mixture
