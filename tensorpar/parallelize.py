@@ -18,11 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
+from tensorpar.loading import Keeper, fact
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
 from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
+from tensorpar.promise import origin_of
 from tensorpar.registry import Plan, find
 from tensorpar.replace import replace_children
 from tensorpar.saving import bind
@@ -60,7 +62,8 @@ def parallelize(
     }
     for module, plan in plans.items():
         check(module, plan)
-    narrowing = Narrowing(mesh)
+    keeper = Keeper(model, mesh)
+    narrowing = Narrowing(mesh, keeper)
     for module, plan in plans.items():
         narrowing.apply(module, plan)
         if plan.fused is not None and chosen[module].fused_attention:
@@ -68,6 +71,7 @@ def parallelize(
     for module in chosen:
         narrowing.replicate(module)
         _move_buffers(module, mesh)
+    keeper.close()
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
     _hang_doors(model, chosen, mesh)
@@ -81,7 +85,11 @@ def _open_plan(module: nn.Module) -> object:
 
 def _move_buffers(module: nn.Module, mesh: DeviceMesh) -> None:
     for name, buffer in module._buffers.items():
-        if buffer is not None and not buffer.is_meta:
+        if buffer is None:
+            continue
+        if origin_of(buffer) is not None:
+            module._buffers[name] = origin_of(buffer)[...].to(mesh.device_type, buffer.dtype)
+        elif not buffer.is_meta:
             module._buffers[name] = buffer.to(mesh.device_type)
 
 
@@ -98,7 +106,9 @@ def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:
     facts = {}
     for name, tensor in model.named_parameters():
         facts[name] = f"{tensor.dtype}{list(tensor.shape)}"
-        if not tensor.is_meta and not isinstance(tensor, DTensor):
+        if origin_of(tensor) is not None:
+            facts[name] += f" {fact(tensor)}"
+        elif not tensor.is_meta and not isinstance(tensor, DTensor):
             flat = tensor.detach().reshape(-1)
             facts[name] += f" crc {checksum(flat[:: max(1, flat.numel() // 16)]):08x}"
     require_agreement(

@@ -13,20 +13,22 @@ ROOT = Path(__file__).parents[2]
 
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
-    {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
+    {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"}
+    | {"promise", "reading"},
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
     {"region", "agreement", "own_batches", "replace"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "narrowing"},
+    {"saving", "loading"},
+    {"narrowing"},
     {"parallelize"},
     {"context", "model"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}
 #: what may import the translators, and only while a function runs.
-DOORS_TO_TRANSLATORS = {"model.py", "recognition.py", "nn/huggingface"}
+DOORS_TO_TRANSLATORS = {"model.py", "loading.py", "recognition.py", "nn/huggingface"}
 
 FILES = sorted((ROOT / "tensorpar").rglob("*.py"))
 
