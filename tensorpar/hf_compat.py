@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,8 @@ def _watched_load(load: Callable[..., Any], loading: threading.local) -> Callabl
         if promises is None:
             return load(model, state_dict, files, how, *args, **kwargs)
         _refuse_placement(how)
-        if state_dict is not None or not files:
+        converts = converts_weights(model, how.weight_mapping or ())
+        if state_dict is not None or not files or converts:
             return load(model, state_dict, files, how, *args, **kwargs)
         with _without_progress():
             how = dataclasses.replace(how, device_map=None)
@@ -249,6 +251,32 @@ def initialize_weights(model: Any) -> None:
 def tied_names(model: Any) -> dict[str, str]:
     """Tied parameters, each with the name under which the shared one is saved."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def converts_weights(model: Any, mapping: Sequence[Any] | None = None) -> bool:
+    """Whether checkpoints of this model hold its weights merged, split or transposed.
+
+    Args:
+        model: a Transformers model.
+        mapping: the conversions; by default those with which the model would be saved.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    if mapping is None:
+        mapping = getattr(model, "_weight_conversions", None)
+    if mapping is None:
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return any(isinstance(conversion, WeightConverter) for conversion in mapping or ())
+
+
+def stale_weights(variant: str | None) -> Callable[[str], bool]:
+    """Whether a file's name is one that Transformers gives to a model's weights or their index."""
+    marked = "" if variant is None else re.escape(f".{variant}")
+    name = re.compile(
+        rf"model{marked}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{marked}\.json"
+    )
+    return lambda file: name.fullmatch(file) is not None
 
 
 def records_attentions(model: Any, given: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -33,7 +33,7 @@ class Promise(torch.Tensor):
     answers: ClassVar[Mapping[Any, Callable[..., Any]]] = {}
 
     @classmethod
-    def of(cls, origin: Any, shape: Sequence[int], dtype: torch.dtype) -> Promise:
+    def of(cls, origin: Any, shape: Sequence[int], dtype: torch.dtype) -> Self:
         """A promise of a tensor."""
         promise = torch.empty(tuple(shape), dtype=dtype, device="meta").as_subclass(cls)
         promise.origin = origin

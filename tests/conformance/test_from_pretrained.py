@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 
+import tensorpar
+from tensorpar import hf_compat, loading
+from tests.conformance.gpt2 import refusal
 from tests.conformance.pretrained import (
     Loaded,
-    change_config,
     load,
     require_same,
     rewritten,
@@ -77,176 +80,107 @@ def test_every_class_from_every_checkpoint(ranks, folders, family, size):
     assert all(result[0].num_bytes < whole for result in results)
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way of loading GPT-2 or BERT.
+def used(folder: str) -> dict[str, Any]:
+    """What a model of the automatic class is good for at once, and which bars its loading shows."""
+    bars, bar = [], loading.tqdm
 
-    Attributes:
-        head: the class that is loaded.
-        options: of `from_pretrained`.
-        change: what is done to the stored folder; may return another one to load.
-        stored: the class whose model is stored; its family by its first letter.
-        whole: whether the rank may read everything.
-    """
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        bars.append(not kwargs["disable"])
+        return bar(*args, **kwargs)
 
-    head: str = "GPT2LMHeadModel"
-    options: dict[str, Any] = field(default_factory=dict)
-    change: Callable[[Path], Any] = lambda _: None
-    stored: str = "GPT2LMHeadModel"
-    whole: bool = False
-
-
-def in_subfolder(folder: Path) -> None:
-    (folder / "deep").mkdir()
-    for path in list(folder.glob("*.*")):
-        path.rename(folder / "deep" / path.name)
-
-
-def as_variant(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model.half.safetensors")
+    loading.tqdm = watched  # type: ignore[misc]
+    try:
+        with tensorpar.tensor_parallelism():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            tokens = model.generate(torch.arange(3)[None] + 7, max_new_tokens=4, do_sample=False)
+    finally:
+        loading.tqdm = bar  # type: ignore[misc]
+    owners = [p.to_local().untyped_storage() for p in model.parameters()]
+    return {
+        "tokens": tokens.tolist(),
+        "bars": bars,
+        "owns no more than its part": sum(storage.nbytes() for storage in owners)
+        == sum(p.to_local().nbytes for p in model.parameters()),
+    }
 
 
-def as_pickle(folder: Path) -> None:
-    tensors = tensors_in(folder)
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # as old files have it
-    torch.save(tensors, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+def test_a_loaded_model_is_used_and_outlives_its_file(ranks, tmp_path):
+    """It generates as one process does; the first rank alone shows a bar; no file stays mapped."""
+    folder = str(stored("gpt2", "GPT2LMHeadModel", tmp_path))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model.generate(torch.arange(3)[None] + 7, max_new_tokens=4, do_sample=False)
+    for rank, found in enumerate(ranks(2).run(used, folder)):
+        assert found["tokens"] == expected.tolist()
+        assert found["bars"] == [rank == 0]
+        assert found["owns no more than its part"]
 
 
-def as_two_pickles(folder: Path) -> None:
-    tensors = tensors_in(folder)
-    weight_map = {}
-    for place, name in enumerate(tensors):
-        file = f"pytorch_model-0000{place % 2 + 1}-of-00002.bin"
-        weight_map[name] = file
-    for file in set(weight_map.values()):
-        torch.save({n: tensors[n] for n, f in weight_map.items() if f == file}, folder / file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (folder / "model.safetensors").unlink()
+def failing_loads(folder: str, other: str) -> dict[str, list[str]]:
+    """What ranks are told when loads fail, on all or on one; the next load is parallel."""
+    cls, mine = transformers.GPT2LMHeadModel, tensorpar.rank() == 1
+    told = {}
+    with tensorpar.tensor_parallelism():
+
+        def on_one(name: str, path: str) -> None:
+            error = refusal(lambda: cls.from_pretrained(path if mine else folder), Exception)
+            told[name] = error
+
+        told["nowhere"] = refusal(lambda: cls.from_pretrained(f"{folder}/nowhere"), OSError)
+        told["mismatch"] = refusal(lambda: cls.from_pretrained(folder, vocab_size=9), RuntimeError)
+        told["truncated"] = refusal(lambda: cls.from_pretrained(f"{other}/truncated"))
+        told["pickle"] = refusal(lambda: cls.from_pretrained(f"{other}/pickle"))
+        on_one("nowhere on one", f"{folder}/nowhere")
+        on_one("truncated on one", f"{other}/truncated")
+        on_one("other weights on one", f"{other}/changed")
+        model = cls.from_pretrained(folder)
+        told["next load"] = str(all(isinstance(p, DTensor) for p in model.parameters()))
+    return told
 
 
-def renamed(*pairs: tuple[str, str]) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        out = {}
-        for name, x in tensors.items():
-            for old, new in pairs:
-                name = name.replace(old, new)
-            out[name] = x
-        return out
-
-    return lambda folder: rewritten(folder, change)
-
-
-def with_more(**more: Callable[[dict[str, Any]], torch.Tensor]) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        return tensors | {name.replace("__", "."): make(tensors) for name, make in more.items()}
-
-    return lambda folder: rewritten(folder, change)
-
-
-def without(*names: str) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {n: x for n, x in tensors.items() if not any(part in n for part in names)}
-
-    return lambda folder: rewritten(folder, change)
-
-
-def in_hub_cache(folder: Path) -> dict[str, Any]:
-    """A cache as the hub's client keeps it, with two revisions of which one is asked for."""
-    repo = folder / "cache" / "models--someone--tiny"
-    for revision, commit in (("main", "0" * 40), ("old", "1" * 40)):
-        snapshot = repo / "snapshots" / commit
-        snapshot.mkdir(parents=True)
-        (repo / "refs").mkdir(exist_ok=True)
-        (repo / "refs" / revision).write_text(commit)
-        for path in folder.glob("*.*"):
-            if path.is_file() and (revision == "old" or path.suffix == ".json"):
-                shutil.copy(path, snapshot)
-    options = {"cache_dir": str(folder / "cache"), "local_files_only": True, "revision": "old"}
-    return {"folder": "someone/tiny", **options}
+def test_failing_loads_are_every_ranks(ranks, tmp_path):
+    """Transformers' errors on all ranks; what fails on one rank is an error on all, and no hang."""
+    folder = stored("gpt2", "GPT2LMHeadModel", tmp_path / "good")
+    for name in ("truncated", "pickle", "changed"):
+        shutil.copytree(folder, tmp_path / name)
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    with (tmp_path / "pickle" / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"a": SimpleNamespace(b=1)}, file)
+    rewritten(tmp_path / "changed", lambda tensors: {n: x + 1 for n, x in tensors.items()})
+    told = ranks(2).run(failing_loads, str(folder), str(tmp_path))
+    for rank, one in enumerate(told):
+        assert "nowhere" in one["nowhere"]
+        assert "mismatched" in one["mismatch"]
+        assert "whole safetensors file" in one["truncated"]
+        assert "required: safetensors, or a pickle of tensors" in one["pickle"]
+        assert "hold different models" in one["other weights on one"]
+        assert one["next load"] == "True"
+        for name, of_the_one in (
+            ("nowhere on one", "is not a local folder"),
+            ("truncated on one", "whole safetensors file"),
+        ):
+            if rank == 1:
+                assert of_the_one in one[name] or "nowhere" in one[name]
+            else:
+                assert "from_pretrained = absent on rank 0" in one[name]
 
 
-GPT2 = transformers.GPT2Config
-WAYS = {
-    "float32": Way(options={"dtype": torch.float32}),
-    "bfloat16 by name": Way(options={"dtype": "bfloat16"}),
-    "the old name of dtype": Way(options={"torch_dtype": torch.float16}),
-    "dtype of the config": Way(change=lambda folder: change_config(folder, dtype="float32")),
-    "subfolder": Way(options={"subfolder": "deep"}, change=in_subfolder),
-    "variant": Way(options={"variant": "half"}, change=as_variant),
-    "hub cache": Way(change=in_hub_cache),
-    "pickle": Way(change=as_pickle),
-    "two pickles": Way(change=as_two_pickles),
-    "automatic class": Way("AutoModelForCausalLM"),
-    "automatic base class": Way("AutoModel"),
-    "labels": Way("GPT2ForTokenClassification", {"num_labels": 5}, stored="GPT2Model"),
-    "other labels": Way(
-        "GPT2ForTokenClassification",
-        {"num_labels": 5, "ignore_mismatched_sizes": True},
-        stored="GPT2ForTokenClassification",
-    ),
-    "another vocabulary": Way(options={"vocab_size": 50, "ignore_mismatched_sizes": True}),
-    "a config of one's own": Way(options={"own_config": {"attn_pdrop": 0.5}}),
-    "eager": Way(options={"attn_implementation": "eager"}),
-    "key mapping": Way(
-        options={"key_mapping": {r"^body\.": "transformer."}},
-        change=renamed(("transformer.", "body.")),
-    ),
-    "old buffers": Way(
-        change=with_more(
-            transformer__h__0__attn__bias=lambda _: torch.ones(1, 1, 16, 16),
-            transformer__h__0__attn__masked_bias=lambda _: torch.tensor(-1e4),
-        )
-    ),
-    "unknown keys": Way(change=with_more(mystery__weight=lambda _: torch.ones(3))),
-    "a layer lacks": Way(change=without("h.1.mlp", "h.0.attn.c_attn", "wpe")),
-    "no embedding": Way(change=without("wte")),
-    "only the tied head": Way(change=renamed(("transformer.wte", "lm_head"))),
-    "a tie stored twice": Way(
-        change=with_more(lm_head__weight=lambda tensors: tensors["transformer.wte.weight"]),
-        whole=True,
-    ),
-    "a tie stored twice, unequal": Way(
-        change=with_more(lm_head__weight=lambda tensors: tensors["transformer.wte.weight"] + 1),
-        whole=True,
-    ),
-    "delayed": Way(
-        "GPT2ForSequenceClassification",
-        {"context": {"delayed_parameter_initialization": True}},
-        stored="GPT2Model",
-    ),
-    "names of old": Way(
-        "BertForMaskedLM",
-        change=renamed(
-            ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")
-        ),
-        stored="BertForMaskedLM",
-    ),
-    "a prefix too few": Way(
-        "BertForMaskedLM", change=renamed(("bert.", "")), stored="BertForMaskedLM"
-    ),
-    "weights in memory": Way(options={"state_dict": {}}, whole=True),
-    "switched off": Way(options={"context": {"enabled": False}}, whole=True),
-}
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", WAYS)
-def test_every_way_of_loading(ranks, tmp_path, name, size):
-    """Files, types, names and gaps of every kind: values and report are Transformers' own."""
-    way = WAYS[name]
-    family = {"G": "gpt2", "B": "bert"}[way.stored[0]]
-    options = {**way.options, **(way.change(stored(family, way.stored, tmp_path)) or {})}
-    folder: str | None = options.pop("folder", str(tmp_path))
-    if changes := options.pop("own_config", None):
-        options["config"] = GPT2.from_pretrained(folder, **changes)
-    if "state_dict" in options:
-        options |= {"state_dict": tensors_in(tmp_path), "config": GPT2.from_pretrained(tmp_path)}
-        folder = None
-    theirs = load(way.head, folder, {**options, "context": {}}, False)
-    for ours in ranks(size).run(load, way.head, folder, options, True):
-        require_same(ours, theirs)
-        if not way.whole:
-            stored_as = 8 / min(dtype.itemsize for dtype in ours.facts["dtypes"].values())
-            assert 0 < ours.num_bytes <= stored_as * (ours.needed + ours.slack)
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"hf_quantizer": object()}, "packed weights cannot be sharded"),
+        ({"device_mesh": object()}, "the degree is that of tensorpar.init"),
+        ({"device_map": {"a": "cpu", "b": "disk"}}, "placed on its own device"),
+        ({"device_map": {"": "cpu"}}, ""),
+    ],
+)
+def test_ways_of_loading_that_are_refused(how, told):
+    """Quantized weights, another tensor parallelism, several devices: with advice."""
+    given = SimpleNamespace(
+        **{"hf_quantizer": None, "device_mesh": None, "device_map": None, **how}
+    )
+    if told:
+        assert told in refusal(lambda: hf_compat._refuse_placement(given))
+    else:
+        hf_compat._refuse_placement(given)

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
     {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"}
-    | {"promise", "reading"},
+    | {"promise", "reading", "replacing"},
     {"mesh", "parameters", "empty_shards", "styles"},
-    {"collectives", "ranks", "registry", "gathering"},
+    {"collectives", "ranks", "registry", "gathering", "collecting"},
     {"region", "agreement", "own_batches", "replace"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
