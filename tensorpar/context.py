@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
 from tensorpar.delayed import EmptyOnMeta
-from tensorpar.loading import promises
+from tensorpar.loading import LOADED, promises
 from tensorpar.mesh import tp_mesh, world
 from tensorpar.options import Options, mark
 from tensorpar.parallelize import parallelize
@@ -154,7 +154,7 @@ def _on_failed_load(error: Exception) -> None:
     options = _options.get()
     if options is None or not options.enabled:
         return
-    failure = {"from_pretrained": f"{type(error).__name__}: {error}"}
+    failure = {LOADED: f"{type(error).__name__}: {error}"}
     with suppress(ValueError):  # what the others raise; this rank has an error of its own
         require_agreement(failure, tp_mesh(), "from_pretrained failed")
 

@@ -24,6 +24,8 @@ from tensorpar.promise import Promise, origin_of
 from tensorpar.reading import Source, open_sources
 from tensorpar.styles import Layout
 
+#: the fact by which ranks tell each other whether their loading went well.
+LOADED = "loading"
 #: how many rows are compared at once where two tensors must be.
 _ROWS = 1024
 

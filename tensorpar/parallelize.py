@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
-from tensorpar.loading import Keeper, fact
+from tensorpar.loading import LOADED, Keeper, fact
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
 from tensorpar.narrowing import Narrowing, check
@@ -103,7 +103,7 @@ def _hang_doors(model: nn.Module, chosen: Mapping[nn.Module, Options], mesh: Dev
 
 def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:
     """All ranks must hold one model before each keeps its part of it."""
-    facts = {}
+    facts = {LOADED: "done"}
     for name, tensor in model.named_parameters():
         facts[name] = f"{tensor.dtype}{list(tensor.shape)}"
         if origin_of(tensor) is not None:
