@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch.nn.modules.module import (
 )
 
 from tensorpar import hf_compat
+from tensorpar.agreement import require_agreement
 from tensorpar.delayed import EmptyOnMeta
-from tensorpar.mesh import is_initialized, world
+from tensorpar.loading import LOADED, promises
+from tensorpar.mesh import is_initialized, tp_mesh, world
 from tensorpar.options import Options, mark
 from tensorpar.parallelize import is_settled, join, join_parameter, parallelize
 from tensorpar.registry import find, fuses_attention
@@ -139,7 +141,8 @@ def _watching() -> Iterator[None]:
         register_module_parameter_registration_hook(_on_parameter),  # type: ignore[arg-type]
     )
     try:
-        with hf_compat.watch_construction(hf_compat.Watcher(_on_finished_model, _fuses)):
+        watcher = hf_compat.Watcher(_on_finished_model, _on_failed_load, _promises, _fuses)
+        with hf_compat.watch_construction(watcher):
             yield
     finally:
         for handle in handles:
@@ -171,6 +174,21 @@ def _fuses(module_cls: type) -> bool:
     options = _options.get()
     enabled = options is not None and options.enabled and options.fused_attention
     return enabled and fuses_attention(module_cls)
+
+
+def _promises() -> Callable[[Sequence[str]], dict[str, Any]] | None:
+    options = _options.get()
+    return promises if options is not None and options.enabled else None
+
+
+def _on_failed_load(error: Exception) -> None:
+    """Tell the other ranks, which would wait for this one to cut its model."""
+    options = _options.get()
+    if options is None or not options.enabled:
+        return
+    failure = {LOADED: f"{type(error).__name__}: {error}"}
+    with suppress(ValueError):  # what the others raise; this rank has an error of its own
+        require_agreement(failure, tp_mesh(), "from_pretrained failed")
 
 
 def _on_finished_model(model: nn.Module) -> None:

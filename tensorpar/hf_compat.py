@@ -6,10 +6,12 @@ is mended here. Importing this file does not import transformers; its functions 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -36,6 +38,7 @@ def model_class() -> type[nn.Module]:
     for name in (
         "post_init",
         "from_pretrained",
+        "_load_pretrained_model",
         "save_pretrained",
         "initialize_weights",
         "_check_and_adjust_attn_implementation",
@@ -56,11 +59,16 @@ class Watcher:
         finished: called with a model when its outermost constructor is done: at its own
             `post_init`, after initialisation and tying, or, if it is loaded, when
             `from_pretrained` returns.
+        failed: called with the exception when `from_pretrained` raises; the exception goes on.
+        promises: makes of checkpoint files the state dict that a model under construction is to
+            be loaded from; None where it is loaded as Transformers does it.
         fuses: whether a class that Transformers has no sdpa for gets one; asking for it is then
             no error.
     """
 
     finished: Callable[[nn.Module], None]
+    failed: Callable[[Exception], None]
+    promises: Callable[[], Callable[[Sequence[str]], dict[str, Any]] | None]
     fuses: Callable[[type], bool]
 
 
@@ -82,10 +90,15 @@ def watch_construction(watcher: Watcher) -> Iterator[None]:
 
 def _patch() -> None:
     cls: Any = model_class()
-    names = ("post_init", "from_pretrained", "_check_and_adjust_attn_implementation")
+    names = (
+        "post_init",
+        "from_pretrained",
+        "_load_pretrained_model",
+        "_check_and_adjust_attn_implementation",
+    )
     _originals.update({name: cls.__dict__[name] for name in names})
     post_init, from_pretrained = cls.post_init, cls.from_pretrained.__func__
-    choose_attention = cls._check_and_adjust_attn_implementation
+    choose_attention, load = cls._check_and_adjust_attn_implementation, cls._load_pretrained_model
     loading = threading.local()
 
     @functools.wraps(post_init)
@@ -99,6 +112,11 @@ def _patch() -> None:
         loading.depth = getattr(loading, "depth", 0) + 1
         try:
             result = from_pretrained(model_cls, *args, **kwargs)
+        except Exception as error:
+            if loading.depth == 1:
+                for watcher in tuple(_watchers):
+                    watcher.failed(error)
+            raise
         finally:
             loading.depth -= 1
         model = result[0] if isinstance(result, tuple) else result
@@ -114,8 +132,83 @@ def _patch() -> None:
         return choose_attention(self, asked, *args, **kwargs)
 
     cls._check_and_adjust_attn_implementation = watched_choice
+    cls._load_pretrained_model = staticmethod(_watched_load(load, loading))
     cls.post_init = watched_post_init
     cls.from_pretrained = classmethod(watched_from_pretrained)
+
+
+def _watched_load(load: Callable[..., Any], loading: threading.local) -> Callable[..., Any]:
+    """`_load_pretrained_model`, which gets promises in place of files where a watcher has some.
+
+    Nothing is promised to a model inside another that is being loaded: its values may be read
+    before anything is cut.
+    """
+
+    @functools.wraps(load)
+    def watched_load(
+        model: Any, state_dict: Any, files: Any, how: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        made = [w.promises() for w in tuple(_watchers)] if loading.depth == 1 else []
+        promises = next(filter(None, made), None)
+        if promises is None:
+            return load(model, state_dict, files, how, *args, **kwargs)
+        _refuse_placement(how)
+        converts = converts_weights(model, how.weight_mapping or ())
+        if state_dict is not None or not files or converts:
+            return load(model, state_dict, files, how, *args, **kwargs)
+        with _without_progress():
+            how = dataclasses.replace(how, device_map=None)
+            return load(model, promises(files), files, how, *args, **kwargs)
+
+    return watched_load
+
+
+def _refuse_placement(how: Any) -> None:
+    """Raise ValueError for ways of loading whose result could not be cut."""
+    devices = {str(device) for device in (how.device_map or {}).values()}
+    if how.hf_quantizer is not None:
+        raise ValueError(
+            "quantized or GGUF weights inside tensor_parallelism(), required: plain ones, since "
+            "packed weights cannot be sharded; load and dequantize them outside, save_pretrained, "
+            "and load that folder"
+        )
+    if how.device_mesh is not None:
+        raise ValueError(
+            "distributed_config, tp_plan or device_mesh inside tensor_parallelism(), required: "
+            "none; the degree is that of tensorpar.init"
+        )
+    if len(devices) > 1 or devices & {"disk", "meta"}:
+        raise ValueError(
+            f"device_map = {how.device_map} inside tensor_parallelism(), required: none; each "
+            "rank's part is placed on its own device"
+        )
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Within: no bars for what is only promised."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def shows_progress() -> bool:
+    """Whether Transformers, if it is there, is set to show progress bars."""
+    logging = sys.modules.get("transformers.utils.logging")
+    return logging is None or bool(logging.is_progress_bar_enabled())
+
+
+def read_pickled(file: str) -> dict[str, Any]:
+    """The state dict in a file that torch has pickled, mapped rather than read where it can be."""
+    from transformers.modeling_utils import load_state_dict
+
+    return dict(load_state_dict(file))
 
 
 def _restore() -> None:
@@ -177,6 +270,32 @@ def make_static_caches_lazily(model: Any) -> None:
 
 def _unknown_shape() -> None:
     return None
+
+
+def converts_weights(model: Any, mapping: Sequence[Any] | None = None) -> bool:
+    """Whether checkpoints of this model hold its weights merged, split or transposed.
+
+    Args:
+        model: a Transformers model.
+        mapping: the conversions; by default those with which the model would be saved.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    if mapping is None:
+        mapping = getattr(model, "_weight_conversions", None)
+    if mapping is None:
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return any(isinstance(conversion, WeightConverter) for conversion in mapping or ())
+
+
+def stale_weights(variant: str | None) -> Callable[[str], bool]:
+    """Whether a file's name is one that Transformers gives to a model's weights or their index."""
+    marked = "" if variant is None else re.escape(f".{variant}")
+    name = re.compile(
+        rf"model{marked}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{marked}\.json"
+    )
+    return lambda file: name.fullmatch(file) is not None
 
 
 def records_attentions(model: Any, given: dict[str, Any]) -> bool:

@@ -21,11 +21,13 @@ from tensorpar import hf_compat
 from tensorpar.delayed import stays_on_meta
 from tensorpar.doors import Door, Randomness, check_arguments
 from tensorpar.empty_shards import answer_empty_shards
+from tensorpar.loading import Keeper
 from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.nn.vocabulary import VocabParallel as VocabParallelEmbedding
 from tensorpar.nn.vocabulary import VocabParallelHead
 from tensorpar.parameters import local_shard, mix_in, parameter
 from tensorpar.partition import chunk_bounds, chunk_sizes
+from tensorpar.promise import origin_of
 from tensorpar.region import LocalParameters
 from tensorpar.registry import Plan
 from tensorpar.styles import Column, Layout, OwnParameter, Row, Style
@@ -36,13 +38,15 @@ class Narrowing:
 
     Args:
         mesh: the tp mesh.
+        keeper: reads parameters that are still in files; None where there are none.
 
     Attributes:
         fresh: parameters that were born on meta and have storage now, but no values.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, keeper: Keeper | None = None) -> None:
         self.mesh = mesh
+        self.keeper = keeper
         self.fresh: list[nn.Parameter] = []
         self._cut: dict[nn.Parameter, tuple[nn.Parameter, Layout | None]] = {}
         self._idle: dict[str, list[int]] = {}
@@ -134,10 +138,14 @@ class Narrowing:
             return new
         ours = full if layout is None else layout.pattern.apply(full, **sizes)
         dim = None if layout is None else layout.shard_dim
-        shard = self._on_device(local_shard(ours, self.mesh, dim))
+        if origin_of(full) is not None:
+            assert self.keeper is not None
+            shard = self.keeper.shard(full, ours.shape, layout)
+        else:
+            shard = self._on_device(local_shard(ours, self.mesh, dim))
         new = parameter(shard, self.mesh, dim, ours.shape)
         full._tensorpar_replaced = True  # type: ignore[attr-defined]
-        if full.is_meta and not new.is_meta:
+        if full.is_meta and not new.is_meta and origin_of(full) is None:
             self.fresh.append(new)
         self._cut[full] = new, layout
         return new

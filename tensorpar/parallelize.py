@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
+from tensorpar.loading import LOADED, Keeper, fact
 from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import ModelDoor
@@ -25,6 +26,7 @@ from tensorpar.narrowing import Narrowing, check
 from tensorpar.nn.attention import ParallelAttention
 from tensorpar.options import Options, effective
 from tensorpar.parameters import mix_in
+from tensorpar.promise import origin_of
 from tensorpar.region import LocalParameters
 from tensorpar.registry import Plan, find, require_classes
 from tensorpar.replace import replace_children
@@ -100,7 +102,8 @@ def _cut(model: nn.Module, mesh: DeviceMesh, options: Options, *, root: nn.Modul
     }
     for module, plan in plans.items():
         check(module, plan)
-    narrowing = Narrowing(mesh)
+    keeper = Keeper(model, mesh)
+    narrowing = Narrowing(mesh, keeper)
     for module, plan in plans.items():
         narrowing.apply(module, plan, reproducible=chosen[module].reproducible_dropout)
         if plan.fused is not None and chosen[module].fused_attention:
@@ -108,6 +111,7 @@ def _cut(model: nn.Module, mesh: DeviceMesh, options: Options, *, root: nn.Modul
     for module in chosen:
         narrowing.replicate(module)
         _move_buffers(module, mesh)
+    keeper.close()
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
     _hang_doors(root, chosen, mesh)
@@ -127,7 +131,11 @@ def _refuse_unknown_kernels(model: nn.Module, options: Options, mesh: DeviceMesh
 
 def _move_buffers(module: nn.Module, mesh: DeviceMesh) -> None:
     for name, buffer in module._buffers.items():
-        if buffer is not None and not buffer.is_meta:
+        if buffer is None:
+            continue
+        if origin_of(buffer) is not None:
+            module._buffers[name] = origin_of(buffer)[...].to(mesh.device_type, buffer.dtype)
+        elif not buffer.is_meta:
             module._buffers[name] = buffer.to(mesh.device_type)
 
 
@@ -150,10 +158,12 @@ def _hang_doors(
 
 def _require_same_model(model: nn.Module, mesh: DeviceMesh) -> None:
     """All ranks must hold one model before each keeps its part of it."""
-    facts = {}
+    facts = {LOADED: "done"}
     for name, tensor in model.named_parameters():
         facts[name] = f"{tensor.dtype}{list(tensor.shape)}"
-        if not tensor.is_meta and not isinstance(tensor, DTensor):
+        if origin_of(tensor) is not None:
+            facts[name] += f" {fact(tensor)}"
+        elif not tensor.is_meta and not isinstance(tensor, DTensor):
             flat = tensor.detach().reshape(-1)
             facts[name] += f" crc {checksum(flat[:: max(1, flat.numel() // 16)]):08x}"
     require_agreement(

@@ -16,11 +16,13 @@ from torch import nn
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
 from tensorpar.bound import Bound
-from tensorpar.gathering import TIMEOUT, hf_layout, whole_tensors
+from tensorpar.collecting import Collector
+from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
 from tensorpar.rendezvous import rendezvous
 from tensorpar.replace import translate_functions
+from tensorpar.replacing import replacing
 
 
 def bind(model: nn.Module) -> None:
@@ -40,42 +42,64 @@ def save_pretrained(
 ) -> None:
     """Write an ordinary Hugging Face folder; collective over all ranks, written by rank 0.
 
+    Rank 0 holds at most the tensors of one file at a time, the others none. The folder's old files
+    are replaced when all new ones are on the disk; `tensorpar.replacing` says what a process leaves
+    that is killed before.
+
     Args:
         self: the parallel model.
         save_directory: the folder; made if absent.
         timeout: how long to wait for the last rank to call this.
-        kwargs: as for `PreTrainedModel.save_pretrained`.
+        kwargs: as for `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant` and others.
 
     Raises:
         TimeoutError: a rank does not make this call in time; on all ranks that do.
         ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
-            state dict is the model's own.
+            state dict is the model's own; or `push_to_hub` or `distributed_checkpoint`.
+        RuntimeError: rank 0 failed, for instance since the disk is full, and this is another rank;
+            rank 0 raises what it failed with. The folder is as it was.
     """
+    _refuse(kwargs)
+    rank = rendezvous("save_pretrained", timeout)
+    tied = hf_compat.tied_names(self)
+    own = {name: x for name, x in self.state_dict(keep_vars=True).items() if name not in tied}
+    collector = Collector(own, {name: (layout, n) for name, layout, n in annotated(self)})
+    if rank == 0:
+        stale = hf_compat.stale_weights(kwargs.get("variant"))
+        with collector.leading(), replacing(save_directory, stale) as folder:
+            state_dict = _state_dict(self, collector)
+            type(self).save_pretrained(self, folder, state_dict=state_dict, **kwargs)
+    else:
+        collector.serve()
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
     if refused := sorted({"state_dict", "is_main_process"} & set(kwargs)):
         raise ValueError(
             f"{refused} given, required: neither; call save_pretrained on every rank, rank 0 writes"
         )
-    rank = rendezvous("save_pretrained", timeout)
-    state_dict = hf_state_dict(self, keep=rank == 0)
-    if rank == 0:
-        type(self).save_pretrained(self, save_directory, state_dict=state_dict, **kwargs)
-    dist.barrier()
+    if kwargs.get("push_to_hub"):
+        raise ValueError(
+            "push_to_hub = True, required: False; save, and then on rank 0 call "
+            "huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
+        )
+    if kwargs.get("distributed_checkpoint"):
+        raise ValueError(
+            "distributed_checkpoint = True, required: False; torch.distributed.checkpoint saves "
+            "this model's state_dict() from all ranks"
+        )
 
 
-def hf_state_dict(model: Any, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The full state dict as Hugging Face writes it: its layout, tied parameters once.
-
-    Collective. Ranks with `keep=False` only take part and get an empty dict.
-    """
-    tied = hf_compat.tied_names(model)
-    own = {
-        name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied
-    }
-    gathered = {name: value for name, value in whole_tensors(own, keep=keep) if keep}
-    out = {name: value.contiguous() for name, value in hf_layout(model, gathered).items()}
-    for to_hf, _ in translate_functions(model) if keep else ():
-        out = to_hf(out)
-    return out
+def _state_dict(model: Any, collector: Collector) -> dict[str, torch.Tensor]:
+    """What Transformers is to write: promises, or tensors where something must look at values."""
+    promises: dict[str, torch.Tensor] = dict(collector.promises())
+    functions = translate_functions(model)
+    if not functions and not hf_compat.converts_weights(model):
+        return promises
+    whole = {name: promise.contiguous() for name, promise in promises.items()}
+    for to_hf, _ in functions:
+        whole = to_hf(whole)
+    return whole
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

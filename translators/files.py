@@ -23,7 +23,7 @@ from tensorpar.styles import Layout
 
 from .problems import refuse
 from .safetensors_folder import Source, opened_folder, shape_of
-from .slices import axis_sizes, hf_ranges, hf_shape, shard_of
+from .slices import hf_shape, read_shard
 from .table import table_of
 
 S = TypeVar("S")
@@ -167,15 +167,8 @@ def _problems(
 
 @torch.no_grad()
 def _fill(target: Target, source: Source) -> None:
-    tensor, layout = target.tensor, target.layout
-    sizes = axis_sizes(layout, tensor.shape)
-    if not isinstance(tensor, DTensor) or layout.cut is None:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        local.copy_(layout.pattern.apply(source[...], **sizes))
-        return
-    mesh = tensor.device_mesh
-    dim, ranges = hf_ranges(layout, sizes, mesh.size(), mesh.get_local_rank())
-    before = (slice(None),) * dim
-    pieces = [source[(*before, slice(start, stop))] for start, stop in ranges]
-    if pieces:
-        tensor.to_local().copy_(shard_of(layout, pieces, dim, sizes))
+    tensor, ranks = target.tensor, (1, 0)
+    if isinstance(tensor, DTensor):
+        ranks = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local.copy_(read_shard(source, target.layout, tensor.shape, *ranks))

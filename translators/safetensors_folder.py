@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from tensorpar.reading import open_sources
 
-#: a tensor on disk (safetensors' slice handle) or, after a user's own translation, in memory.
+#: a tensor on disk (`tensorpar.reading.Source`) or, after a user's own translation, in memory.
 Source = Any
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,22 +28,12 @@ def opened_folder(path: str | PathLike[str]) -> Iterator[dict[str, Source]]:
         ValueError: there is no such file, one of the index is missing, or one is truncated.
     """
     with ExitStack() as stack:
-        handles: dict[str, Source] = {}
-        for file in _files(Path(path)):
-            try:
-                reader = stack.enter_context(safe_open(file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{file} cannot be read ({error}), required: a whole safetensors file; fetch "
-                    "it again"
-                ) from None
-            handles |= {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118
-        yield handles
+        yield open_sources(stack, _files(Path(path)))
 
 
 def shape_of(source: Source) -> tuple[int, ...]:
     """The shape of a tensor, on disk or in memory; nothing is read."""
-    return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
+    return tuple(source.shape)
 
 
 def _files(path: Path) -> list[Path]:

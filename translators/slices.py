@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 
@@ -69,6 +70,33 @@ def shard_of(
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
     known = {axis: size for axis, size in sizes.items() if axis != layout.cut}
     return layout.pattern.apply(joined, **known)
+
+
+def read_shard(
+    source: Any, layout: Layout, shape: torch.Size, num_ranks: int, rank: int
+) -> torch.Tensor:
+    """A rank's shard in tensorpar layout, of which nothing else is read.
+
+    Args:
+        source: the Hugging Face tensor, or what reads slices of it when it is indexed.
+        layout: the parameter's.
+        shape: of the whole parameter in tensorpar layout.
+        num_ranks: the tensor-parallel degree.
+        rank: the shard's.
+
+    Returns:
+        In the dtype of `source`; it may be a view of a mapped file.
+    """
+    sizes = axis_sizes(layout, shape)
+    if layout.cut is None:
+        return layout.pattern.apply(source[...], **sizes)
+    dim, ranges = hf_ranges(layout, sizes, num_ranks, rank)
+    before = (slice(None),) * dim
+    pieces = [source[(*before, slice(start, stop))] for start, stop in ranges]
+    if not pieces:
+        empty = [0 if axis == layout.cut else size for axis, size in sizes.items()]
+        return torch.zeros(empty, dtype=source.dtype)
+    return shard_of(layout, pieces, dim, sizes)
 
 
 def _left_groups(pattern: Pattern) -> list[list[str]]:

@@ -16,21 +16,25 @@ FLOORS = [
     {
         "bound",
         "config",
-        "partition",
-        "pattern",
-        "random",
-        "rendezvous",
         "hf_compat",
         "options",
+        "partition",
+        "pattern",
         "problems",
+        "promise",
+        "random",
+        "reading",
+        "rendezvous",
+        "replacing",
     },
     {"mesh", "parameters", "empty_shards", "styles", "moments"},
-    {"collectives", "ranks", "registry", "gathering"},
+    {"collectives", "ranks", "registry", "gathering", "collecting"},
     {"region", "agreement", "own_batches", "replace", "reproducible"},
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "narrowing", "attention_choice", "adapter_files"},
+    {"saving", "loading", "attention_choice", "adapter_files"},
+    {"narrowing"},
     {"resizing", "lora"},
     {"parallelize"},
     {"context", "model"},
@@ -39,7 +43,7 @@ FLOORS = [
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}
 #: what may import the translators, and only while a function runs.
-DOORS_TO_TRANSLATORS = {"model.py", "recognition.py", "nn/huggingface"}
+DOORS_TO_TRANSLATORS = {"model.py", "loading.py", "recognition.py", "nn/huggingface"}
 
 FILES = sorted((ROOT / "tensorpar").rglob("*.py"))
 

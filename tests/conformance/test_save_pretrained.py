@@ -1,0 +1,318 @@
+"""Ordinary Hugging Face folders out of a parallel model."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from tensorpar import collecting, hf_compat
+from tests.conformance.gpt2 import (
+    Case,
+    batch,
+    perturbed,
+    refusal,
+    require_close,
+    weights_of,
+)
+from tests.conformance.pretrained import tensors_in
+from tests.conformance.test_families import CASES as FAMILIES
+from tests.conformance.test_families import build
+
+CASES = {
+    "tied": Case(),
+    "untied": Case(config={"tie_word_embeddings": False}),
+    "cross-attention": Case(config={"add_cross_attention": True}),
+    "double": Case("GPT2DoubleHeadsModel"),
+    "tokens": Case("GPT2ForTokenClassification", {"num_labels": 3}),
+    "float32": Case(dtype=torch.float32),
+    "bfloat16": Case(dtype=torch.bfloat16),
+}
+
+
+def require_same_folders(ours: Path, theirs: Path) -> None:
+    """The same files with the same bytes."""
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    for path in theirs.iterdir():
+        same = (ours / path.name).read_bytes() == path.read_bytes()
+        assert same, f"{path.name} differs"
+
+
+def saved(case: Case, folder: str) -> dict[str, bool]:
+    """Save from all ranks; what the model itself is like afterwards."""
+    model = perturbed(case, parallel=True)
+    before = weights_of(model)
+    assert model.save_pretrained(folder) is None
+    after = weights_of(model)
+    return {
+        "unchanged": all(torch.equal(after[name], x) for name, x in before.items()),
+        "still parallel": all(isinstance(p, DTensor) for p in model.parameters()),
+        "written when it returns": (Path(folder) / "config.json").exists(),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_the_folder_is_the_one_transformers_writes(ranks, tmp_path, name, size):
+    """Files, keys, tensors, configs and ties are those of Transformers' own save, byte for byte."""
+    case, ours, theirs = CASES[name], tmp_path / "ours", tmp_path / "theirs"
+    for found in ranks(size).run(saved, case, str(ours)):
+        assert all(found.values()), found
+    perturbed(case, parallel=False).save_pretrained(theirs)
+    require_same_folders(ours, theirs)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one file": {},
+    "many files": {"max_shard_size": "30KB"},
+    "variant": {"variant": "half", "max_shard_size": 60_000, "token": "none"},
+    "no peft": {"save_peft_format": False, "save_original_format": False},
+}
+
+
+def saves(family: str, folder: str, size_of_pieces: int) -> None:
+    """A family's base model and its language model saved in several ways."""
+    collecting.PIECE_BYTES, usual = size_of_pieces, collecting.PIECE_BYTES
+    try:
+        for head in (FAMILIES[family].model, FAMILIES[family].heads[0]):
+            model = build(family, head, parallel=True)
+            for name, options in WAYS.items():
+                model.save_pretrained(f"{folder}/{head}/{name}", **options)
+    finally:
+        collecting.PIECE_BYTES = usual
+
+
+@pytest.mark.feature("save_pretrained")
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_and_argument(ranks, tmp_path, family, size):
+    """One file or many, variants, pieces of any size: byte for byte what Transformers writes."""
+    ranks(size).run(saves, family, str(tmp_path), {2: 100, 4: 16 << 20}[size])
+    for head in (FAMILIES[family].model, FAMILIES[family].heads[0]):
+        model = build(family, head, parallel=False)
+        for name, options in WAYS.items():
+            theirs = tmp_path / "theirs"
+            model.save_pretrained(theirs, **options)
+            require_same_folders(tmp_path / head / name, theirs)
+            shutil.rmtree(theirs)
+
+
+def saves_again(folder: str, ways: list[dict[str, Any]]) -> None:
+    """One model saved into one folder, time after time."""
+    model = perturbed(Case(), parallel=True)
+    for options in ways:
+        model.save_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("first", ["one file", "many files"])
+@pytest.mark.parametrize("second", ["one file", "many files"])
+def test_saving_over_a_folder(ranks, tmp_path, first, second):
+    """Weights of the old save go; files and folders that are not the model's stay as they are."""
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    (tmp_path / "out" / "runs" / "log").write_text("step 1")
+    inode = (tmp_path / "out" / "tokenizer.json").stat().st_ino
+    ranks(2).run(saves_again, str(tmp_path / "out"), [WAYS[first], WAYS[second]])
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_ino == inode
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert (tmp_path / "out" / "runs" / "log").read_text() == "step 1"
+    shutil.rmtree(tmp_path / "out" / "runs")
+    perturbed(Case(), parallel=False).save_pretrained(tmp_path / "theirs", **WAYS[second])
+    require_same_folders(tmp_path / "out", tmp_path / "theirs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "theirs"]
+
+
+def refusals(folder: str) -> list[str]:
+    """What arguments are told that are not taken."""
+    model = perturbed(Case(), parallel=True)
+    given = (
+        {"state_dict": {}},
+        {"is_main_process": True},
+        {"push_to_hub": True},
+        {"distributed_checkpoint": True},
+    )
+    return [refusal(lambda g=g: model.save_pretrained(folder, **g)) for g in given]
+
+
+def test_arguments_that_are_refused(ranks, tmp_path):
+    """On every rank, with advice, and nothing is written."""
+    for told in ranks(2).run(refusals, str(tmp_path / "out")):
+        assert "call save_pretrained on every rank" in told[0]
+        assert "call save_pretrained on every rank" in told[1]
+        assert "upload_folder" in told[2]
+        assert "state_dict()" in told[3]
+    assert not (tmp_path / "out").exists()
+
+
+def failing_save(folder: str, file: str) -> list[str]:
+    """What every rank is told when rank 0 cannot write; afterwards all can save."""
+    model = perturbed(Case(), parallel=True)
+    modeling = sys.modules["transformers.modeling_utils"]
+    write = modeling.safe_save_file
+
+    def full(tensors: Any, name: Any, **options: Any) -> None:
+        if Path(name).name.startswith("model-00002"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, name, **options)
+
+    modeling.safe_save_file = full
+    try:
+        told = [refusal(lambda: model.save_pretrained(folder, max_shard_size="30KB"), Exception)]
+    finally:
+        modeling.safe_save_file = write
+    told.append(refusal(lambda: model.save_pretrained(file), Exception))
+    told.append(refusal(lambda: model.save_pretrained(folder, max_shard_size="huge"), Exception))
+    model.save_pretrained(f"{folder}-again")
+    return told
+
+
+def test_a_failure_of_the_writing_rank_is_every_ranks(ranks, tmp_path):
+    """A full disk, a file in the way, no size: an error on all ranks, and nothing has changed."""
+    case = Case(dtype=torch.float32)
+    before = tmp_path / "before"
+    perturbed(case, parallel=False).save_pretrained(before)
+    shutil.copytree(before, tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    told = ranks(3).run(failing_save, str(tmp_path / "out"), str(tmp_path / "file"))
+    for rank, lines in enumerate(told):
+        assert "No space left on device" in lines[0]
+        assert "is a file, required: a folder" in lines[1]
+        assert "huge" in lines[2]
+        assert all(line.startswith("rank 0, which writes, failed") == (rank > 0) for line in lines)
+    require_same_folders(tmp_path / "out", before)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "out-again" / "model.safetensors").exists()
+    left = {"before", "out", "file", "out-again"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def largest_allocation(folder: str) -> int:
+    """The largest tensor that this rank makes while all save, in bytes."""
+    model = perturbed(Case(), parallel=True)
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not isinstance(result, DTensor):
+                fresh = not any(
+                    isinstance(x, torch.Tensor)
+                    and not x.is_meta
+                    and x.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+                    for x in args
+                    if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
+                )
+                if fresh and not result.is_meta and func is not DTensor.to_local:
+                    largest = max(largest, result.nbytes)
+            return result
+
+    collecting.PIECE_BYTES, usual = 512, collecting.PIECE_BYTES
+    try:
+        with Watch():
+            model.save_pretrained(folder)
+    finally:
+        collecting.PIECE_BYTES = usual
+    return largest
+
+
+def test_ranks_that_do_not_write_hold_one_piece(ranks, tmp_path):
+    """While all save, no rank but the first makes a tensor larger than a piece."""
+    writer, *others = ranks(2).run(largest_allocation, str(tmp_path / "out"))
+    assert writer >= 97 * 40 * 8
+    assert all(other <= 512 for other in others)
+
+
+KILLED = """
+import os, signal, sys, torch, transformers, tensorpar
+from transformers import modeling_utils
+folder = sys.argv[1]
+tensorpar.init(tensor_parallel_degree=1)
+config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=4)
+with tensorpar.tensor_parallelism():
+    model = transformers.GPT2Model(config)
+for parameter in model.parameters():
+    torch.nn.init.ones_(parameter)
+model.save_pretrained(folder, max_shard_size="2KB")
+for parameter in model.parameters():
+    torch.nn.init.zeros_(parameter)
+write = modeling_utils.safe_save_file
+def killed(tensors, name, **options):
+    write(tensors, name, **options)
+    if "model-00003" in str(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+modeling_utils.safe_save_file = killed
+model.save_pretrained(folder, max_shard_size="2KB")
+"""
+
+
+def test_a_killed_save_leaves_the_previous_model(tmp_path):
+    """A process killed between two shards of its second save leaves the first, whole."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "out")],
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    model = transformers.GPT2Model.from_pretrained(tmp_path / "out")
+    assert all((parameter == 1).all() for parameter in model.parameters())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert all(name == "config.json" or name.startswith("model") for name in names)
+
+
+def trained_and_saved(folder: str, parallel: bool) -> None:
+    """One step, then save."""
+    model = perturbed(Case(), parallel=parallel)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logits = model(batch(Case())["input_ids"]).logits
+    nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(33)).backward()
+    optimizer.step()
+    model.save_pretrained(folder)
+
+
+def test_a_trained_model_is_saved_as_trained(ranks, tmp_path):
+    """After a step the saved tensors are those of the step in one process."""
+    ranks(4).run(trained_and_saved, str(tmp_path / "ours"), True)
+    trained_and_saved(str(tmp_path / "theirs"), False)
+    require_close(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs"), 1e-10)
+
+
+def test_pieces_cover_a_tensor_once(monkeypatch):
+    """Every element lies in one piece, and pieces are no larger than they may be."""
+    monkeypatch.setattr(collecting, "PIECE_BYTES", 64)
+    for shape in ((), (3,), (40,), (5, 7), (2, 3, 9), (2, 100), (0, 4), (4, 0), (1, 1, 1)):
+        counts = torch.zeros(shape)
+        for piece in collecting.pieces(shape, 4):
+            counts[piece] += 1
+            assert counts[piece].numel() <= 16
+        assert (counts == 1).all(), shape
+
+
+def test_which_files_a_save_replaces():
+    """Weights and indices of the same variant, and no other file."""
+    plain, half = hf_compat.stale_weights(None), hf_compat.stale_weights("half")
+    assert plain("model.safetensors")
+    assert plain("model-00001-of-00002.safetensors")
+    assert plain("model.safetensors.index.json")
+    assert half("model.half-00001-of-00002.safetensors")
+    assert half("model.safetensors.index.half.json")
+    for name in (
+        "model.half.safetensors",
+        "config.json",
+        "adapter_model.safetensors",
+        "xmodel.bin",
+    ):
+        assert not plain(name)
+    assert not half("model.safetensors")
+    assert not half("modelxhalf.safetensors")
