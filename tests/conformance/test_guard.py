@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from tensorpar.guard import DivergenceError, fingerprint
 from tensorpar.parameters import local, shard_dim
-from tests.conformance.test_families import CASES, build, inputs
+from tests.conformance.families import CASES, build, inputs
 
 DECODERS = {"gpt2", "gptj", "gptneo", "gptneox"}
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import tensorpar
 from tensorpar.gathering import gathered_state_dict, hf_layout
 from tensorpar.translators import merge_optimizer, optimizer_to_hf
+from tests.conformance.families import CASES, EXACT, build, inputs
 from tests.conformance.gpt2 import Tensors, refusal, require_close, require_equal_ranks
-from tests.conformance.test_families import CASES, EXACT, build, inputs
 
 ADAMW = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-5}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -12,15 +12,7 @@ from torch import nn
 
 import tensorpar
 from tensorpar.reproducible import refuse_unknown_order
-from tests.conformance.gpt2 import (
-    Tensors,
-    detached,
-    gradients_of,
-    require_close,
-    require_equal_ranks,
-    weights_of,
-)
-from tests.conformance.test_families import (
+from tests.conformance.families import (
     BEHIND_FLOAT32,
     CASES,
     EXACT,
@@ -28,6 +20,14 @@ from tests.conformance.test_families import (
     build,
     inputs,
     probe,
+)
+from tests.conformance.gpt2 import (
+    Tensors,
+    detached,
+    gradients_of,
+    require_close,
+    require_equal_ranks,
+    weights_of,
 )
 
 P = 0.3

@@ -15,6 +15,7 @@ import tensorpar
 from tensorpar import Column, Row
 from tensorpar.options import Options
 from tensorpar.reproducible import reproducing
+from tests.conformance.families import EXACT, build
 from tests.conformance.gpt2 import (
     Tensors,
     detached,
@@ -23,7 +24,6 @@ from tests.conformance.gpt2 import (
     require_close,
     require_equal_ranks,
 )
-from tests.conformance.test_families import EXACT, build
 from tests.conformance.test_reproducible_dropout import P, with_dropout
 
 REPRODUCIBLE = Options(reproducible_dropout=True)
