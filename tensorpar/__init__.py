@@ -26,6 +26,7 @@ from tensorpar.ranks import (
     tp_size,
 )
 from tensorpar.registry import register, tp_register, tp_register_with_module, unregister
+from tensorpar.sharded_files import load_sharded, save_sharded
 from tensorpar.styles import Column, Row, VocabParallel
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "get_process_group",
     "init",
     "is_initialized",
+    "load_sharded",
     "local_rank",
     "local_size",
     "mp_rank",
@@ -54,6 +56,7 @@ __all__ = [
     "rdp_rank",
     "rdp_size",
     "register",
+    "save_sharded",
     "set_tensor_parallelism",
     "shutdown",
     "size",

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[2]
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
     {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
+    {"safetensors_header", "positioned", "whole_folder", "together"},
+    {"sharded_format"},
+    {"sharded_reading"},
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
     {"region", "agreement", "own_batches", "replace"},
@@ -22,6 +25,7 @@ FLOORS = [
     {"saving", "narrowing"},
     {"parallelize"},
     {"context", "model"},
+    {"sharded_files"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}
