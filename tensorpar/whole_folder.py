@@ -56,9 +56,11 @@ def discard(aside: Path) -> None:
 def commit(aside: Path, path: Path) -> None:
     """Put a finished folder where it belongs; one that was there is gone afterwards.
 
-    Its files must be synced. At any moment `path` is the old folder or the new one, on file
+    Its files are synced first. At any moment `path` is the old folder or the new one, on file
     systems that can exchange names in one step (Linux's ext4, xfs, btrfs and tmpfs can).
     """
+    for file in aside.iterdir():
+        sync(file)
     sync(aside)
     if path.exists() and any(path.iterdir()):
         if not _exchanged(aside, path):

@@ -29,7 +29,7 @@ def opened_folder(path: str | PathLike[str]) -> Iterator[dict[str, Source]]:
     """
     with ExitStack() as stack:
         handles: dict[str, Source] = {}
-        for file in _files(Path(path)):
+        for file in weight_files(Path(path)):
             try:
                 reader = stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -46,7 +46,12 @@ def shape_of(source: Source) -> tuple[int, ...]:
     return tuple(source.get_shape() if hasattr(source, "get_shape") else source.shape)
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The files of a folder of Hugging Face's, of an index, or the one file itself.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     if path.is_file():
         return _indexed(path) if path.suffix == ".json" else [path]
     if (path / _ONE).is_file():
