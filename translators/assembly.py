@@ -46,7 +46,38 @@ class Place:
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a contiguous tensor that begins its memory."""
-        return tensor.as_strided(self.shape, self.strides, self.offset)
+        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
+
+    def within(self, shape: tuple[int, ...], rows: range) -> tuple[Place, int] | None:
+        """What of this part lies in some rows of a tensor of `shape`, where that can be told.
+
+        Returns:
+            Its place from the first of these rows on, and the index in the part of its first
+            element; the elements follow each other in the part. None where they do not.
+        """
+        if not shape or len(rows) == shape[0]:
+            return self, 0
+        row = prod(shape[1:])
+        if _is_contiguous(self):
+            first = max(self.offset, rows.start * row)
+            last = max(min(self.offset + prod(self.shape), rows.stop * row), first)
+            return Place(self.key, first - rows.start * row, (last - first,), (1,)), (
+                first - self.offset
+            )
+        if self.shape[0] == shape[0] and self.strides[0] == row:
+            inner = self.shape[1:]
+            place = Place(self.key, self.offset, (len(rows), *inner), self.strides)
+            return place, rows.start * prod(inner)
+        return None
+
+
+def _is_contiguous(place: Place) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(place.shape), reversed(place.strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 @dataclass(frozen=True)
@@ -66,6 +97,11 @@ class Tensor:
     parts: tuple[tuple[Stored, Place], ...]
     copies: tuple[tuple[Stored, Place], ...] = ()
     aliases: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> tuple[tuple[Stored, Place], ...]:
+        """All that is read of it."""
+        return (*self.parts, *self.copies)
 
 
 @dataclass(frozen=True)
@@ -187,7 +223,13 @@ def _own_target(checkpoint: Checkpoint) -> Target:
 
 
 def _hf_specs(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    shapes = checkpoint.shapes()
+    if checkpoint.headers:
+        slices, ties = checkpoint.headers[0].slices, checkpoint.headers[0].ties
+        dtypes = checkpoint.headers[0].dtypes
+        whole = {key: meta(TensorSpec(dtypes[key], part.shape)) for key, part in slices.items()}
+        shapes = [whole | {name: torch.empty_like(whole[kept]) for name, kept in ties.items()}]
+    else:
+        shapes = checkpoint.shapes()
     if checkpoint.layout == "hf":
         table = None if checkpoint.family is None else checkpoint.table
         hf = {key: x for key, x in shapes[0].items() if table is None or not table.drops(key)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -12,9 +13,12 @@ from tensorpar.sharded_format import file_name
 from tensorpar.sharded_reading import damaged, opened_sharded
 
 from .assembly import Tensor
-from .stored import blocks, carrier
-from .stream import BLOCK_BYTES, Buffer
+from .stored import blocks, carried
+from .stream import BLOCK_BYTES, Buffer, one_thread, slabs
 from .table import Table
+
+#: values that are compared at once.
+_NUM = BLOCK_BYTES // 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def differences(
     mine, theirs = _by_name(left, table), _by_name(right, table)
     yield from (f"{key} is only in the first" for key in _absent(left, theirs))
     yield from (f"{key} is only in the second" for key in _absent(right, mine))
-    buffers = [Buffer(tensor.spec for tensor in side) for side in (left, right)]
+    buffers = [Buffer(), Buffer()]
     done = set()
     for key, one in mine.items():
         other = theirs.get(key)
@@ -79,7 +83,7 @@ def damage(folder: Path) -> Iterator[str]:
 
 def equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same bits."""
-    buffers = [Buffer([one.spec]), Buffer([other.spec])]
+    buffers = [Buffer(), Buffer()]
     return not (_facts(one, other, BITWISE) or _values(one, other, buffers, BITWISE))
 
 
@@ -115,33 +119,30 @@ def _values(
     buffers: Sequence[Buffer],
     measure: Measure,
 ) -> str | None:
-    sides = [buffer.filled(tensor) for buffer, tensor in zip(buffers, (one, other), strict=True)]
     num_wrong, largest = 0, 0.0
-    max_elements = BLOCK_BYTES // 8
-    for (_, mine), (_, theirs) in zip(*(blocks(x, max_elements) for x in sides), strict=True):
-        if one.spec.dtype == other.spec.dtype and torch.equal(mine, theirs):
-            continue
-        mine, theirs = mine.view(one.spec.dtype), theirs.view(other.spec.dtype)
-        cast = measure.cast
-        if cast is not None and one.spec.dtype.is_floating_point:
-            mine = mine.to(cast)
-            if torch.equal(mine.view(carrier(cast)), theirs.view(carrier(cast))):
-                continue
-        wrong, far = _far(mine, theirs, measure.tolerance)
-        num_wrong, largest = num_wrong + wrong, max(largest, far)
+    with one_thread():
+        for rows in slabs(one.spec, (*one.stored, *other.stored)):
+            sides = buffers[0].filled(one, rows), buffers[1].filled(other, rows)
+            for (_, x), (_, y) in zip(*(blocks(side, _NUM) for side in sides), strict=True):
+                if one.spec.dtype == other.spec.dtype and torch.equal(x, y):
+                    continue
+                wrong, far = _far(x.view(one.spec.dtype), y.view(other.spec.dtype), measure)
+                num_wrong, largest = num_wrong + wrong, max(largest, far)
     if not num_wrong:
         return None
-    return f"differs in {num_wrong} of {sides[0].numel()} values, by at most {largest:.3g}"
+    num_values = prod(one.spec.shape)
+    return f"differs in {num_wrong} of {num_values} values, by at most {largest:.3g}"
 
 
-def _far(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float | None) -> tuple[int, float]:
+def _far(mine: torch.Tensor, theirs: torch.Tensor, measure: Measure) -> tuple[int, float]:
     """How many values differ, and by how much at most; a NaN is equal to a NaN within tolerance."""
-    distance = (mine.double() - theirs.double()).abs()
-    if tolerance is None:
-        bits = carrier(mine.dtype)
-        wrong = mine.view(bits) != theirs.view(bits)
+    if measure.cast is not None and mine.is_floating_point():
+        mine = mine.to(measure.cast)
+    x, y = mine.double(), theirs.double()
+    distance = (x - y).abs()
+    if measure.tolerance is None:
+        wrong = carried(mine) != carried(theirs)
     else:
-        both = mine.isnan() & theirs.isnan()
-        same = mine.double() == theirs.double()  # infinities too, whose distance is none
-        wrong = ~(both | same | (distance <= tolerance))
+        # infinities too are equal, whose distance is no number
+        wrong = ~((x.isnan() & y.isnan()) | (x == y) | (distance <= measure.tolerance))
     return int(wrong.sum()), float(distance[wrong].max()) if wrong.any() else 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def convert(source: Checkpoint, path: Path, wanted: Wanted, *, verify: bool = Fa
         _copy_small(source, wanted, aside)
         total = destination.num_bytes
         with _bar(total, "writing") as bar:
-            write(tensors, destination, aside, bar.update)
+            write(tensors, destination, aside, _locked(bar.update))
         if verify:
             _verify(source, tensors, aside, wanted)
     num_files = len(destination.files)
@@ -164,6 +165,17 @@ def _verify(source: Checkpoint, tensors: Sequence[Tensor], folder: Path, wanted:
         wrong = list(differences(tensors, tensors_of(written), table, measure, bar.update))
     if wrong:
         raise ValueError(f"what was written is not what was read, and is deleted: {wrong}")
+
+
+def _locked(update: Callable[[int], object]) -> Callable[[int], None]:
+    """A bar is not made for several threads."""
+    lock = Lock()
+
+    def locked(count: int) -> None:
+        with lock:
+            update(count)
+
+    return locked
 
 
 def _bar(total: int, what: str) -> Any:

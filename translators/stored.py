@@ -25,15 +25,20 @@ class Stored(Protocol):
     def spec(self) -> TensorSpec:
         """Its dtype and shape."""
 
-    def read(self, target: torch.Tensor, scratch: torch.Tensor) -> None:
-        """Fill `target`, of its shape and any strides, carried as integers.
+    @property
+    def sliceable(self) -> bool:
+        """Whether a range of its elements can be read on its own."""
+
+    def read(self, target: torch.Tensor, first: int, scratch: torch.Tensor) -> None:
+        """Fill `target` with elements that follow each other.
 
         Args:
-            target: memory of the caller.
+            target: memory of the caller, of any strides, carried as integers.
+            first: the index of the first element; 0 unless this is sliceable.
             scratch: bytes to read through where `target` has gaps.
         """
 
-    def equals(self, target: torch.Tensor, scratch: torch.Tensor) -> bool:
+    def equals(self, target: torch.Tensor, first: int, scratch: torch.Tensor) -> bool:
         """Whether `target` holds the same bits."""
 
 
@@ -52,31 +57,30 @@ class InFile:
     path: Path
     handle: int
     offset: int
+    sliceable = True
 
-    def read(self, target: torch.Tensor, scratch: torch.Tensor) -> None:
+    def read(self, target: torch.Tensor, first: int, scratch: torch.Tensor) -> None:
         """As for `Stored`; what `target` has together is read in place."""
-        size = self.spec.dtype.itemsize
         if target.is_contiguous():
-            self._read_bytes(bytes_of(target), 0)
+            self._read_bytes(bytes_of(target), first)
             return
-        for start, block in blocks(target, scratch.numel() // size):
+        for start, block in blocks(target, scratch.numel() // target.itemsize):
             part = scratch_for(scratch, block)
-            self._read_bytes(bytes_of(part), start * size)
+            self._read_bytes(bytes_of(part), first + start)
             block.copy_(part)
 
-    def equals(self, target: torch.Tensor, scratch: torch.Tensor) -> bool:
+    def equals(self, target: torch.Tensor, first: int, scratch: torch.Tensor) -> bool:
         """As for `Stored`."""
-        size = self.spec.dtype.itemsize
-        for start, block in blocks(target, scratch.numel() // size):
+        for start, block in blocks(target, scratch.numel() // target.itemsize):
             part = scratch_for(scratch, block)
-            self._read_bytes(bytes_of(part), start * size)
+            self._read_bytes(bytes_of(part), first + start)
             if not torch.equal(part, block):
                 return False
         return True
 
-    def _read_bytes(self, memory: memoryview, start: int) -> None:
+    def _read_bytes(self, memory: memoryview, first: int) -> None:
         try:
-            read_into(self.handle, memory, self.offset + start)
+            read_into(self.handle, memory, self.offset + first * self.spec.dtype.itemsize)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from None
 
@@ -96,13 +100,24 @@ class InMemory:
         """Its dtype and shape."""
         return TensorSpec(self.tensor.dtype, tuple(self.tensor.shape))
 
-    def read(self, target: torch.Tensor, scratch: torch.Tensor) -> None:  # noqa: ARG002
+    @property
+    def sliceable(self) -> bool:
         """As for `Stored`."""
-        target.copy_(carried(self.tensor))
+        return self.tensor.is_contiguous()
 
-    def equals(self, target: torch.Tensor, scratch: torch.Tensor) -> bool:  # noqa: ARG002
+    def read(self, target: torch.Tensor, first: int, scratch: torch.Tensor) -> None:  # noqa: ARG002
         """As for `Stored`."""
-        return torch.equal(target, carried(self.tensor))
+        target.copy_(self._part(target, first))
+
+    def equals(self, target: torch.Tensor, first: int, scratch: torch.Tensor) -> bool:  # noqa: ARG002
+        """As for `Stored`."""
+        return torch.equal(target, self._part(target, first))
+
+    def _part(self, target: torch.Tensor, first: int) -> torch.Tensor:
+        own = carried(self.tensor)
+        if not self.sliceable:
+            return own
+        return own.view(-1)[first : first + target.numel()].view(target.shape)
 
 
 def carrier(dtype: torch.dtype) -> torch.dtype:
