@@ -63,7 +63,7 @@ def convert(source: Checkpoint, path: Path, wanted: Wanted, *, verify: bool = Fa
             degree than the layout can have; a folder that exists. Nothing is written.
         OSError: the disk is full. Nothing is left.
     """
-    target = _target(source, wanted)
+    target = target_of(source, wanted)
     tensors = _tied_once(tensors_of(source), source)
     destination = planned(
         tensors,
@@ -87,7 +87,12 @@ def convert(source: Checkpoint, path: Path, wanted: Wanted, *, verify: bool = Fa
     )
 
 
-def _target(source: Checkpoint, wanted: Wanted) -> Target:
+def target_of(source: Checkpoint, wanted: Wanted) -> Target:
+    """The layout and degree to write, for this model.
+
+    Raises:
+        ValueError: the layout cannot have this degree, or what it needs to know is not known.
+    """
     if wanted.degree is not None:
         check_degree(wanted.degree)
     if wanted.layout == "hf":

@@ -118,8 +118,11 @@ class TorchFile:
         content = {
             key: torch.empty(spec.shape, dtype=spec.dtype) for key, spec in self.tensors.items()
         }
-        with skip_data():
-            torch.save(content | self._markers, path)
+        try:
+            with skip_data():
+                torch.save(content | self._markers, path)
+        except RuntimeError as error:  # all that torch's own writer tells of a full disk
+            raise OSError(f"{self.name} cannot be written: {error}") from None
         # storages are numbered in the order in which they are met
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}

@@ -17,8 +17,10 @@ from .table import Rule, Table
 from .tensors import StateDict, bit_identical
 
 
-def merge_partial(table: Table, dicts: Sequence[StateDict]) -> StateDict:
+def merge_partial(table: Table, dicts: Sequence[StateDict], *, strict: bool = True) -> StateDict:
     """The full dict of which each of `dicts` holds one tensor-parallel rank's part.
+
+    Without `strict`, keys that nobody knows are taken for replicated.
 
     Raises:
         ValueError: all keys that a rank lacks, that differ where they are replicated, or whose
@@ -26,7 +28,7 @@ def merge_partial(table: Table, dicts: Sequence[StateDict]) -> StateDict:
     """
     what = f"the partial {table.family} state dicts of {len(dicts)} ranks cannot be merged"
     keys = list(dict.fromkeys(key for part in dicts for key in part))
-    found = match(table.fitting(keys, "smd"), keys, "smd")
+    found = match(table.fitting(keys, "smd"), keys, "smd", strict=strict)
     refuse(what, found.problems)
     rules = {key: one for one in found.rules for key in one.smd}
     full: StateDict = {}

@@ -1,4 +1,4 @@
-"""The program `tensorpar`, on files as smdistributed, Transformers and tensorpar itself left them."""
+"""The program `tensorpar`, on files as smdistributed, Transformers and tensorpar left them."""
 
 from __future__ import annotations
 
@@ -185,7 +185,9 @@ def test_the_files_of_every_rank(tmp_path, family):
     case = CASES[family]
     config = case.config(heads=3, head_size=2, inner=7, **case.variants[-1])
     hf = case.state_dict(config)
-    getattr(transformers, case.model)(config).save_pretrained(tmp_path / "small", state_dict=hf)
+    getattr(transformers, case.model)(config).save_pretrained(
+        tmp_path / "small", state_dict=dict(hf)
+    )
     run("translate", tmp_path / "small", tmp_path / "smd", "--to", "smdistributed", "--tp", 4)
     for rank, part in enumerate(partial(hf_to_smdistributed(hf, config), 4)):
         file = tmp_path / "smd" / f"model_0_{rank}.pt"
