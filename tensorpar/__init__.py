@@ -31,6 +31,7 @@ from tensorpar.ranks import (
     tp_size,
 )
 from tensorpar.registry import register, tp_register, tp_register_with_module, unregister
+from tensorpar.sharded_files import load_sharded, save_sharded
 from tensorpar.styles import Column, Row, VocabParallel
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "init",
     "is_initialized",
     "load_optimizer_state_dict",
+    "load_sharded",
     "local_optimizer_state_dict",
     "local_rank",
     "local_size",
@@ -62,6 +64,7 @@ __all__ = [
     "rdp_rank",
     "rdp_size",
     "register",
+    "save_sharded",
     "set_tensor_parallelism",
     "shutdown",
     "size",

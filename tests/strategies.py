@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from tests.families import FamilyCase
 
-dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+dtypes = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 """What checkpoints are kept in."""
 
 

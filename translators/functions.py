@@ -23,12 +23,15 @@ Translator = Callable[..., dict[str, Any]]
 def to_hf_function(table: Table, module: str, name: str) -> Translator:
     """`name(state_dict, max_seq_len=None)`: tensorpar's or smdistributed's layout to HF's."""
 
-    def translate(state_dict: StateDicts, max_seq_len: int | None = None) -> dict[str, Any]:
+    def translate(
+        state_dict: StateDicts, max_seq_len: int | None = None, *, strict: bool = True
+    ) -> dict[str, Any]:
         """Translate tensorpar's or smdistributed's layout, told apart by keys, to Hugging Face's.
 
         Args:
             state_dict: full tensors, or a list of one dict per tensor-parallel rank.
             max_seq_len: also add the causal-mask buffers of old Transformers versions, this long.
+            strict: False lets keys pass through that nobody knows.
 
         Returns:
             A new dict; its tensors are views of the given ones where a view is enough.
@@ -36,7 +39,7 @@ def to_hf_function(table: Table, module: str, name: str) -> Translator:
         Raises:
             ValueError: all keys that are missing, unknown or of the wrong shape.
         """
-        return translate_to_hf(table, state_dict, max_seq_len)
+        return translate_to_hf(table, state_dict, max_seq_len, strict=strict)
 
     return _named(translate, module, name)
 
@@ -47,12 +50,15 @@ def to_smdistributed_function(table: Table, module: str, name: str) -> Translato
     def translate(
         state_dict: Mapping[str, Any],
         max_seq_len: int | None = None,  # noqa: ARG001
+        *,
+        strict: bool = True,
     ) -> dict[str, Any]:
         """Translate Hugging Face's layout to smdistributed's.
 
         Args:
             state_dict: full tensors; keys may lack the base model's prefix.
             max_seq_len: ignored; scripts pass it.
+            strict: False lets keys pass through that nobody knows.
 
         Returns:
             A new dict without old causal-mask buffers; its tensors are views of the given ones.
@@ -60,7 +66,7 @@ def to_smdistributed_function(table: Table, module: str, name: str) -> Translato
         Raises:
             ValueError: all keys that are missing, unknown or of the wrong shape.
         """
-        return translate_hf_to_smdistributed(table, state_dict)
+        return translate_hf_to_smdistributed(table, state_dict, strict=strict)
 
     return _named(translate, module, name)
 

@@ -6,7 +6,7 @@ Biases of row-parallel layers are held by the first rank alone, everything else 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,8 +17,10 @@ from .table import Rule, Table
 from .tensors import StateDict, bit_identical
 
 
-def merge_partial(table: Table, dicts: Sequence[StateDict]) -> StateDict:
+def merge_partial(table: Table, dicts: Sequence[StateDict], *, strict: bool = True) -> StateDict:
     """The full dict of which each of `dicts` holds one tensor-parallel rank's part.
+
+    Without `strict`, keys that nobody knows are taken for replicated.
 
     Raises:
         ValueError: all keys that a rank lacks, that differ where they are replicated, or whose
@@ -26,7 +28,7 @@ def merge_partial(table: Table, dicts: Sequence[StateDict]) -> StateDict:
     """
     what = f"the partial {table.family} state dicts of {len(dicts)} ranks cannot be merged"
     keys = list(dict.fromkeys(key for part in dicts for key in part))
-    found = match(table.fitting(keys, "smd"), keys, "smd")
+    found = match(table.fitting(keys, "smd"), keys, "smd", strict=strict)
     refuse(what, found.problems)
     rules = {key: one for one in found.rules for key in one.smd}
     full: StateDict = {}
@@ -38,6 +40,47 @@ def merge_partial(table: Table, dicts: Sequence[StateDict]) -> StateDict:
             problems.append(f"{key}: {error}")
     refuse(what, problems)
     return full
+
+
+def split_partial(
+    table: Table, smd: StateDict, degree: int, sizes: Callable[[str, str, int, int], Sequence[int]]
+) -> list[StateDict]:
+    """The inverse of `merge_partial`: what each of `degree` ranks holds, as views.
+
+    Args:
+        table: the variant that the keys are of.
+        smd: a full dict.
+        degree: the number of tensor-parallel ranks.
+        sizes: by key, axis, its dim and length, how much of it each rank holds.
+    """
+    found = match(table.fitting(smd, "smd"), smd, "smd")
+    rules = {key: one for one in found.rules for key in one.smd}
+    ranks: list[StateDict] = [{} for _ in range(degree)]
+    for key, tensor in smd.items():
+        one = rules.get(key)
+        if one is not None and one.row_bias:
+            ranks[0][key] = tensor
+            continue
+        dim = cut_dim(one, table.cut)
+        if one is None or dim is None:
+            parts: Sequence[torch.Tensor] = [tensor] * degree
+        else:
+            parts = tensor.split(list(sizes(key, one.smd_axes[dim], dim, tensor.shape[dim])), dim)
+        for rank, part in zip(ranks, parts, strict=True):
+            rank[key] = part
+    return ranks
+
+
+def cut_dim(one: Rule | None, cut: tuple[str, ...]) -> int | None:
+    """The dim of which partial files hold slices; None where they hold all."""
+    axes = [] if one is None else one.smd_axes
+    return next((dim for dim, axis in enumerate(axes) if axis in cut), None)
+
+
+def even_sizes(count: int, degree: int) -> list[int]:
+    """How many of `count` each rank holds: the first ones one more where it does not divide."""
+    quotient, extra = divmod(count, degree)
+    return [quotient + (rank < extra) for rank in range(degree)]
 
 
 def union(dicts: Sequence[StateDict]) -> StateDict:
@@ -66,7 +109,7 @@ def _merged(
         raise ValueError(f"held by ranks {holders}, required: by ranks {required}")
     parts = [dicts[rank][key] for rank in holders]
     axes = [] if one is None else one.smd_axes
-    dim = next((dim for dim, axis in enumerate(axes) if axis in cut), None)
+    dim = cut_dim(one, cut)
     if dim is None:
         return join(parts, None)
     if any(part.ndim != len(axes) for part in parts):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .partial import union
 from .problems import refuse
 from .tensors import StateDict, opened
 
+#: what a full file is called where we write one.
+FULL_NAME = "model.pt"
 _NAME = re.compile(r"(?P<stem>.+)_(?P<pp>\d+)_(?P<tp>\d+)(?:\.pt)?")
 
 
@@ -26,77 +28,73 @@ class RankFile(NamedTuple):
     path: Path
 
 
-def read(paths: Iterable[Path]) -> list[StateDict]:
-    """The dicts of all tensor-parallel ranks, or one full dict.
+def is_partial_name(name: str) -> bool:
+    """Whether a file of this name is one rank's."""
+    return _NAME.fullmatch(name) is not None
+
+
+def partial_files(path: Path) -> list[list[Path]]:
+    """The files of a checkpoint by tensor-parallel rank, each with those of all pipeline ranks.
 
     Args:
-        paths: a folder, a full file, or all partial files of one checkpoint.
+        path: a folder, or what the names of partial files begin with. In a folder, files named
+            `model` come before others, such as the optimizer's.
+
+    Returns:
+        An empty list if there are no such files.
 
     Raises:
-        ValueError: a file that is absent, unsafe to read or no state dict; ranks that are missing.
+        ValueError: files of several checkpoints; a rank that is missing.
     """
-    files = _listed(list(paths))
-    if len(files) == 1:
-        return [_load(files[0])]
-    ranks = _ranks(files)
-    by_tp: dict[int, list[StateDict]] = {}
-    for rank in sorted(ranks):
-        by_tp.setdefault(rank.tp, []).append(_load(rank.path))
-    return [union(by_tp[tp]) for tp in sorted(by_tp)]
-
-
-def _listed(paths: list[Path]) -> list[Path]:
-    if absent := [str(path) for path in paths if not path.exists()]:
-        raise ValueError(f"{absent} are absent, required: files, or one folder of them")
-    files = []
-    for path in paths:
-        files += _in_folder(path) if path.is_dir() else [path]
-    return files
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    """The folder's partial files; those named `model` before others, such as the optimizer's."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    stems: dict[str, list[Path]] = {}
-    for name in names:
-        if found := _NAME.fullmatch(name):
-            stems.setdefault(found["stem"], []).append(folder / name)
-    if "model" in stems:
-        return stems["model"]
-    if len(stems) != 1:
+    folder = path if path.is_dir() else path.parent
+    stems: dict[str, list[RankFile]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = _NAME.fullmatch(file.name)
+        if found and file.is_file():
+            rank = RankFile(found["stem"], int(found["pp"]), int(found["tp"]), file)
+            stems.setdefault(rank.stem, []).append(rank)
+    wanted = "model" if folder == path else path.name
+    if wanted in stems:
+        return _by_rank(stems[wanted])
+    if folder != path or not stems:
+        return []
+    if len(stems) > 1:
         raise ValueError(
-            f"{folder} has {names}, required: files model_{{pp}}_{{tp}}.pt, or partial files of "
-            "one checkpoint only; name the files themselves"
+            f"{folder} has files of several checkpoints, {sorted(stems)}, required: one; name it: "
+            f"{folder / sorted(stems)[0]}"
         )
-    return next(iter(stems.values()))
+    return _by_rank(next(iter(stems.values())))
 
 
-def _ranks(files: list[Path]) -> list[RankFile]:
-    """What the names tell; every rank up to the highest of both kinds must be there, once."""
-    ranks = []
-    for path in files:
-        if (found := _NAME.fullmatch(path.name)) is None:
-            raise ValueError(f"{path} is named otherwise than <file>_{{pp}}_{{tp}}.pt")
-        ranks.append(RankFile(found["stem"], int(found["pp"]), int(found["tp"]), path))
-    held = [(rank.pp, rank.tp) for rank in ranks]
+def _by_rank(ranks: Sequence[RankFile]) -> list[list[Path]]:
+    """Every rank up to the highest of both kinds must be there, once."""
+    held = {(rank.pp, rank.tp): rank.path for rank in ranks}
     num_pp, num_tp = (max(numbers) + 1 for numbers in zip(*held, strict=True))
     needed = {(pp, tp) for pp in range(num_pp) for tp in range(num_tp)}
-    problems = [f"no file for pp {pp}, tp {tp}" for pp, tp in sorted(needed - set(held))]
-    problems += [f"several files for pp {x[0]}, tp {x[1]}" for x in held if held.count(x) > 1]
-    if len(stems := {rank.stem for rank in ranks}) > 1:
-        problems.append(f"files of several checkpoints: {sorted(stems)}")
+    problems = [f"no file for pp {pp}, tp {tp}" for pp, tp in sorted(needed - held.keys())]
+    names = [rank.path.name for rank in ranks]
+    if len(names) > len(held):
+        problems.append(f"several files for one rank among {names}")
     refuse("the files are not all ranks' of one checkpoint", problems)
-    return ranks
+    return [[held[pp, tp] for pp in range(num_pp)] for tp in range(num_tp)]
 
 
-def _load(path: Path) -> StateDict:
+def load(path: Path) -> StateDict:
+    """The tensors of a file that `torch.save` wrote; their values are read when they are used.
+
+    Raises:
+        ValueError: a file that is truncated, no state dict, or that holds more than tensors, which
+            to read could run code.
+    """
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # files of torch before 1.6 are read whole
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
+        told = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path} holds more than tensors and is not read: that could run code: {error}"
+            f"{path} holds more than tensors and is not read: that could run code: {told}"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read, is it whole? {error!r}") from None
     try:
         tensors, _ = opened(content)

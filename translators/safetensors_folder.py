@@ -28,7 +28,7 @@ def opened_folder(path: str | PathLike[str]) -> Iterator[dict[str, Source]]:
         ValueError: there is no such file, one of the index is missing, or one is truncated.
     """
     with ExitStack() as stack:
-        yield open_sources(stack, _files(Path(path)))
+        yield open_sources(stack, weight_files(Path(path)))
 
 
 def shape_of(source: Source) -> tuple[int, ...]:
@@ -36,7 +36,12 @@ def shape_of(source: Source) -> tuple[int, ...]:
     return tuple(source.shape)
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The files of a folder of Hugging Face's, of an index, or the one file itself.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     if path.is_file():
         return _indexed(path) if path.suffix == ".json" else [path]
     if (path / _ONE).is_file():

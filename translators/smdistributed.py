@@ -38,8 +38,11 @@ def is_smdistributed(keys: Iterable[str]) -> bool:
     return any(key == "word_embedding.weight" or any(m in key for m in marks) for key in keys)
 
 
-def match(table: Table, keys: Iterable[str], side: Side) -> Match:
-    """Find the rule of every key; `table` must be the fitting one of its variants."""
+def match(table: Table, keys: Iterable[str], side: Side, *, strict: bool = True) -> Match:
+    """Find the rule of every key; `table` must be the fitting one of its variants.
+
+    Without `strict` keys that nobody knows pass through.
+    """
     given = dict.fromkeys(keys)
     layers = table.layer_numbers(given, side)
     if gaps := sorted(set(range(max(len(layers), 1))) - layers):
@@ -56,21 +59,21 @@ def match(table: Table, keys: Iterable[str], side: Side) -> Match:
     made = {key for one in rules for key in one.keys("smd" if side == "hf" else "hf")}
     others = [key for key in given if key not in known and not table.drops(key)]
     for key in others:
-        if key.startswith(table.trunk(side)):
+        if strict and key.startswith(table.trunk(side)):
             problems.append(f"{key} is unknown")
         elif key in made:
             problems.append(f"{key} is in the way of a translated key")
     return Match(rules, others, problems)
 
 
-def from_hf(table: Table, hf: StateDict) -> StateDict:
-    """Hugging Face's layout to smdistributed's.
+def from_hf(table: Table, hf: StateDict, *, strict: bool = True) -> StateDict:
+    """Hugging Face's layout to smdistributed's; unknown keys pass through without `strict`.
 
     Raises:
         ValueError: all keys that are missing, unknown or of the wrong shape.
     """
     table = table.fitting(hf, "hf")
-    found = match(table, hf, "hf")
+    found = match(table, hf, "hf", strict=strict)
     refuse(_what(table, "hf"), found.problems or _headless(table, hf))
     smd: StateDict = {}
     problems = []
@@ -89,14 +92,14 @@ def from_hf(table: Table, hf: StateDict) -> StateDict:
     return _tied(table, smd, "smd")
 
 
-def to_hf(table: Table, smd: StateDict) -> StateDict:
-    """smdistributed's layout to Hugging Face's.
+def to_hf(table: Table, smd: StateDict, *, strict: bool = True) -> StateDict:
+    """smdistributed's layout to Hugging Face's; unknown keys pass through without `strict`.
 
     Raises:
         ValueError: all keys that are missing, unknown or of the wrong shape.
     """
     table = table.fitting(smd, "smd")
-    found = match(table, smd, "smd")
+    found = match(table, smd, "smd", strict=strict)
     refuse(_what(table, "smd"), found.problems)
     problems = [
         f"{key} has shape {tuple(smd[key].shape)}, required {required}"

@@ -21,13 +21,16 @@ from .tensors import StateDict, opened
 StateDicts = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-def to_hf(state_dict: StateDicts, config: Any, max_seq_len: int | None = None) -> dict[str, Any]:
+def to_hf(
+    state_dict: StateDicts, config: Any, max_seq_len: int | None = None, *, strict: bool = True
+) -> dict[str, Any]:
     """tensorpar's or smdistributed's layout, told apart by their keys, to Hugging Face's.
 
     Args:
         state_dict: full tensors, or a list of one dict per tensor-parallel rank.
         config: the model's, as a Transformers config or a mapping.
         max_seq_len: also add the causal-mask buffers of old Transformers versions, this long.
+        strict: False lets keys pass through that nobody knows.
 
     Returns:
         A new dict; its tensors are views of the given ones where a view is enough.
@@ -36,7 +39,7 @@ def to_hf(state_dict: StateDicts, config: Any, max_seq_len: int | None = None) -
         ValueError: all keys that are missing, unknown or of the wrong shape; an unknown family.
     """
     table = table_of(family_of(config))
-    return translate_to_hf(table, state_dict, max_seq_len, config)
+    return translate_to_hf(table, state_dict, max_seq_len, config, strict=strict)
 
 
 def from_hf(state_dict: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -56,7 +59,9 @@ def from_hf(state_dict: Mapping[str, Any], config: Any) -> dict[str, Any]:
     return translate_from_hf(table_of(family_of(config)), state_dict, num_heads(config))
 
 
-def smdistributed_to_hf(state_dict: StateDicts, config: Any) -> dict[str, Any]:
+def smdistributed_to_hf(
+    state_dict: StateDicts, config: Any, *, strict: bool = True
+) -> dict[str, Any]:
     """smdistributed's layout to Hugging Face's; as `to_hf`, but the layout must be this one."""
     first = _listed(state_dict)[0]
     if not is_smdistributed(first):
@@ -64,12 +69,14 @@ def smdistributed_to_hf(state_dict: StateDicts, config: Any) -> dict[str, Any]:
             f"keys = {list(first)[:3]}..., required: smdistributed's layout, with keys such as "
             "word_embedding.weight; use to_hf for tensorpar's"
         )
-    return translate_to_hf(table_of(family_of(config)), state_dict)
+    return translate_to_hf(table_of(family_of(config)), state_dict, strict=strict)
 
 
-def hf_to_smdistributed(state_dict: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def hf_to_smdistributed(
+    state_dict: Mapping[str, Any], config: Any, *, strict: bool = True
+) -> dict[str, Any]:
     """Hugging Face's layout to smdistributed's; raises and returns as its inverse does."""
-    return translate_hf_to_smdistributed(table_of(family_of(config)), state_dict)
+    return translate_hf_to_smdistributed(table_of(family_of(config)), state_dict, strict=strict)
 
 
 def translate_to_hf(
@@ -77,14 +84,16 @@ def translate_to_hf(
     state_dict: StateDicts,
     max_seq_len: int | None = None,
     config: Any = None,
+    *,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """`to_hf` of a known family; the config may be unknown."""
     heads = None if config is None else num_heads(config)
     dicts, restores = zip(*map(opened, _listed(state_dict)), strict=True)
     if is_smdistributed(dicts[0]):
         own = variant(table, dicts[0])
-        full = merge_partial(own, dicts) if len(dicts) > 1 else dicts[0]
-        hf = smdistributed.to_hf(own, full)
+        full = merge_partial(own, dicts, strict=strict) if len(dicts) > 1 else dicts[0]
+        hf = smdistributed.to_hf(own, full, strict=strict)
     else:
         layouts = Layouts(table.family, heads)
         full = merge_tensors(dicts, layouts) if len(dicts) > 1 else dicts[0]
@@ -115,11 +124,13 @@ def translate_from_hf(table: Table, state_dict: Mapping[str, Any], heads: int) -
     return restore(ours)
 
 
-def translate_hf_to_smdistributed(table: Table, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def translate_hf_to_smdistributed(
+    table: Table, state_dict: Mapping[str, Any], *, strict: bool = True
+) -> dict[str, Any]:
     """`hf_to_smdistributed` of a known family."""
     hf, restore = opened(state_dict)
     _require_hf(hf)
-    return restore(smdistributed.from_hf(table, hf) if hf else hf)
+    return restore(smdistributed.from_hf(table, hf, strict=strict) if hf else hf)
 
 
 def variant(table: Table, keys: Iterable[str]) -> Table:

@@ -22,6 +22,7 @@ from tensorpar.translators import (
     split,
     to_hf,
 )
+from tensorpar.translators.tensors import bit_identical
 from tests.families import FAMILIES, FamilyCase
 from tests.strategies import axis_sizes, dtypes, tiny_configs, world_sizes
 
@@ -34,7 +35,7 @@ def assert_same(left, right):
     for key, tensor in left.items():
         other = right[key]
         assert (key, tensor.shape, tensor.dtype) == (key, other.shape, other.dtype)
-        assert torch.equal(tensor, other), key
+        assert bit_identical(tensor, other), key
 
 
 def rows() -> list[Layout]:

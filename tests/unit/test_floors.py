@@ -27,6 +27,9 @@ FLOORS = [
         "rendezvous",
         "replacing",
     },
+    {"safetensors_header", "positioned", "whole_folder", "together"},
+    {"sharded_format"},
+    {"sharded_reading"},
     {"mesh", "parameters", "empty_shards", "styles", "moments"},
     {"collectives", "ranks", "registry", "gathering", "collecting"},
     {"region", "agreement", "own_batches", "replace", "reproducible"},
@@ -38,7 +41,7 @@ FLOORS = [
     {"resizing", "lora"},
     {"parallelize"},
     {"context", "model"},
-    {"optimizer"},
+    {"optimizer", "sharded_files"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}

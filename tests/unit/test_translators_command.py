@@ -1,9 +1,11 @@
-"""`python -m tensorpar.translators smdistributed-to-hf`, on files as smdistributed left them."""
+"""The program `tensorpar`, on files as smdistributed, Transformers and tensorpar left them."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tensorpar.translators import hf_to_smdistributed
-from tensorpar.translators.__main__ import main
+from tensorpar.translators import from_hf, hf_to_smdistributed, split
+from tensorpar.translators.command import main
 from tensorpar.translators.gpt2 import translate_hf_state_dict_to_smdistributed_gpt2
 from tests.families import CASES, FAMILIES
+from tests.unit.test_translators_partial import partial
 
 HALVES = {"query": 0, "key": 0, "value": 0, "dense1": 0, "dense2": 1, "attention.dense": 1}
+every_family = pytest.mark.parametrize("family", CASES)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def half(key: str, tensor: torch.Tensor, tp: int) -> torch.Tensor | None:
 
 def save_partial(folder: Path, smd, *, stem: str = "model", suffix: str = ".pt") -> None:
     """Two pipeline stages of a layer each, tied weights on both, times two tp ranks."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for pp in range(2):
         for tp in range(2):
             other = f".seq_layers.{1 - pp}."
@@ -56,46 +60,73 @@ def save_partial(folder: Path, smd, *, stem: str = "model", suffix: str = ".pt")
 
 
 def run(*arguments: object) -> None:
-    main(["smdistributed-to-hf", *map(str, arguments)])
+    assert main([str(argument) for argument in arguments]) == 0
 
 
-def assert_written(file: Path, hf) -> None:
-    written = load_file(file)
-    assert written.keys() == hf.keys()
-    assert all(torch.equal(written[key], hf[key]) for key in hf)
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+def to_hf(src: Path, dst: Path, *options: object) -> None:
+    run("translate", src, dst, "--to", "hf", "--verify", *options)
+
+
+def saved_model(family: str, folder: Path):
+    """A model of Transformers' with random values, saved by it."""
+    case = CASES[family]
+    config = case.config(**case.variants[-1])
+    model = getattr(transformers, case.model)(config)
+    model.load_state_dict(case.state_dict(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def assert_written(folder: Path, hf, *, tied: str = "lm_head.weight") -> None:
+    """All tensors, the tied one once, and nothing else beside a config."""
+    assert same(load_file(folder / "model.safetensors"), {k: hf[k] for k in hf if k != tied})
+    assert {path.name for path in folder.iterdir()} <= {"model.safetensors", "config.json"}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ""])
 def test_a_folder_of_partial_files(tmp_path, smd, hf, config, suffix):
     """Merged, translated, and read by Transformers."""
     save_partial(tmp_path / "in", smd, suffix=suffix)
-    run(tmp_path / "in", tmp_path / "out")
-    assert_written(tmp_path / "out" / "model.safetensors", hf)
-    config.save_pretrained(tmp_path / "out")
+    config.save_pretrained(tmp_path / "in")
+    to_hf(tmp_path / "in", tmp_path / "out")
+    assert_written(tmp_path / "out", hf)
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(tensor, hf[key]) for key, tensor in model.state_dict().items())
+    assert same(model.state_dict(), hf)
 
 
-def test_partial_files_by_name(tmp_path, smd, hf):
-    """Any stem, in any order, to a file of any name."""
+def test_partial_files_by_name(tmp_path, smd, hf, config):
+    """What their names begin with, of several checkpoints in a folder; a config from elsewhere."""
     save_partial(tmp_path / "in", smd, stem="step_3")
-    files = sorted((tmp_path / "in").glob("step_3_*"), reverse=True)
-    run(*files, tmp_path / "out" / "gpt2.safetensors", "--family", "gpt2")
-    assert_written(tmp_path / "out" / "gpt2.safetensors", hf)
+    save_partial(tmp_path / "in", smd, stem="step_4")
+    config.save_pretrained(tmp_path / "config")
+    to_hf(tmp_path / "in" / "step_3", tmp_path / "out", "--config", tmp_path / "config")
+    assert_written(tmp_path / "out", hf)
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_full_file_as_a_program(tmp_path, smd, hf):
-    """Tied tensors that share memory too; a line is printed."""
+    """Tied tensors that share memory too; a line is printed, and a progress bar with a rate."""
     smd = {**smd, "lm_head.weight": smd["word_embedding.weight"]}
     torch.save(smd, tmp_path / "full.pt")
-    command = [sys.executable, "-m", "tensorpar.translators", "smdistributed-to-hf"]
+    command = [sys.executable, "-m", "tensorpar.translators", "translate", "--to", "hf"]
     done = subprocess.run(
         [*command, tmp_path / "full.pt", tmp_path / "out"], capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("gpt2: tensor-parallel degree 1")
-    assert_written(tmp_path / "out" / "model.safetensors", hf)
+    assert done.stdout.startswith("gpt2: smdistributed of degree 1 to hf of degree 1, 28 tensors")
+    assert "B/s]" in done.stderr
+    assert_written(tmp_path / "out", hf)
+
+
+def test_a_head_of_its_own_is_kept(tmp_path, smd, hf):
+    """An smdistributed head with other values than the embedding is no tied one."""
+    torch.save({**smd, "lm_head.weight": smd["lm_head.weight"] + 1}, tmp_path / "full.pt")
+    to_hf(tmp_path / "full.pt", tmp_path / "out")
+    assert_written(tmp_path / "out", {**hf, "lm_head.weight": hf["lm_head.weight"] + 1}, tied="")
 
 
 @pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
@@ -105,9 +136,12 @@ def test_the_family_is_recognised(tmp_path, capsys, case, variant):
     config = case.config(**case.variants[variant])
     hf = case.state_dict(config)
     torch.save(hf_to_smdistributed(hf, config), tmp_path / "full.pt")
-    run(tmp_path / "full.pt", tmp_path / "out")
-    assert capsys.readouterr().out.startswith(f"{case.model_type}: tensor-parallel degree 1")
-    assert_written(tmp_path / "out" / "model.safetensors", hf)
+    to_hf(tmp_path / "full.pt", tmp_path / "out")
+    assert capsys.readouterr().out.startswith(f"{case.model_type}: smdistributed of degree 1")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, hf[key]) for key, tensor in written.items())
+    missing = hf.keys() - written.keys()
+    assert all(any(hf[key] is hf[other] for other in written) for key in missing)
 
 
 def test_a_family_that_cannot_be_told_is_named(tmp_path, capsys):
@@ -115,26 +149,141 @@ def test_a_family_that_cannot_be_told_is_named(tmp_path, capsys):
     config = CASES["roberta"].config()
     hf = CASES["roberta"].state_dict(config, model="RobertaModel")
     torch.save(hf_to_smdistributed(hf, config), tmp_path / "full.pt")
-    told = refused(capsys, tmp_path / "full.pt", tmp_path / "out")
+    told = refused(capsys, tmp_path / "full.pt", tmp_path / "out", "--to", "hf")
     assert "the keys fit ['bert', 'roberta'], required: one family; name it by --family" in told
-    run(tmp_path / "full.pt", tmp_path / "out", "--family", "roberta")
-    assert_written(tmp_path / "out" / "model.safetensors", hf)
+    to_hf(tmp_path / "full.pt", tmp_path / "out", "--family", "roberta")
+    assert_written(tmp_path / "out", hf, tied="")
+
+
+@every_family
+@pytest.mark.feature("translators")
+def test_there_and_back_are_the_same_bytes(tmp_path, family):
+    """Every layout and other degrees between; the file Transformers wrote comes out again."""
+    model = saved_model(family, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    steps = [("tensorpar", 4), ("tensorpar", 3), ("smdistributed", 3), ("tensorpar", 8), ("hf", 0)]
+    source = tmp_path / "hf"
+    for number, (layout, degree) in enumerate(steps):
+        out = tmp_path / str(number)
+        tp = ["--tp", degree] if degree else []
+        run("translate", source, out, "--to", layout, *tp, "--verify")
+        source = out
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (source / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    assert same(type(model).from_pretrained(source).state_dict(), model.state_dict())
+
+
+@every_family
+def test_the_files_of_every_rank(tmp_path, family):
+    """Sharded files hold what `split` tells; partial files what is cut by hand."""
+    model = saved_model(family, tmp_path / "hf")
+    hf, config = load_file(tmp_path / "hf" / "model.safetensors"), model.config
+    run("translate", tmp_path / "hf", tmp_path / "tp", "--to", "tensorpar", "--tp", 4)
+    for rank, part in enumerate(split(from_hf(hf, config), config, 4)):
+        assert same(load_file(tmp_path / "tp" / f"tensorpar-0000{rank}-of-00004.safetensors"), part)
+    # by-hand cuts are of heads of size two
+    case = CASES[family]
+    config = case.config(heads=3, head_size=2, inner=7, **case.variants[-1])
+    hf = case.state_dict(config)
+    getattr(transformers, case.model)(config).save_pretrained(
+        tmp_path / "small", state_dict=dict(hf)
+    )
+    run("translate", tmp_path / "small", tmp_path / "smd", "--to", "smdistributed", "--tp", 4)
+    for rank, part in enumerate(partial(hf_to_smdistributed(hf, config), 4)):
+        file = tmp_path / "smd" / f"model_0_{rank}.pt"
+        written = torch.load(file, weights_only=True)
+        assert written.pop("_smp_is_partial") is True
+        tensors = {key: value for key, value in part.items() if isinstance(value, torch.Tensor)}
+        # what Transformers ties and stores once is written under the names that were stored
+        assert same(written, {key: tensors[key] for key in written})
+        assert all(key.startswith(("cls.", "lm_head.")) for key in tensors.keys() - written.keys())
+        assert zipfile.ZipFile(file).testzip() is None
+
+
+def test_dtypes_sizes_and_indices(tmp_path):
+    """bfloat16 in several files, which Transformers reads; the config tells the dtype."""
+    model = saved_model("gpt2", tmp_path / "hf")
+    options = ["--dtype", "bfloat16", "--max-shard-size", "30KB", "--verify"]
+    run("translate", tmp_path / "hf", tmp_path / "out", "--to", "hf", *options)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    assert max(file.stat().st_size for file in files) < 34_000
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    wanted = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
+    assert same(loaded.state_dict(), wanted)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    run("translate", tmp_path / "out", tmp_path / "tp", "--to", "tensorpar", "--tp", 2)
+    run("verify", tmp_path / "out", tmp_path / "tp")
+
+
+def test_verify_tells_what_differs(tmp_path, capsys, hf, smd):
+    """Bitwise or within a tolerance; between layouts; exit status 1."""
+    torch.save(smd, tmp_path / "a.pt")
+    key = "transformer.seq_layers.1.output.dense1.bias"
+    moved = smd[key] + torch.tensor([0.0] * 83 + [0.25])
+    torch.save({**smd, key: moved}, tmp_path / "b.pt")
+    arguments = ["verify", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    assert main(arguments) == 1
+    told = capsys.readouterr().out
+    assert "transformer.h.1.mlp.c_fc.bias differs in 1 of 84 values, by at most 0.25" in told
+    assert main([*arguments, "--tolerance", "0.3"]) == 0
+    assert main([*arguments, "--tolerance", "0.2"]) == 1
+    torch.save({k: v.double() for k, v in smd.items()}, tmp_path / "c.pt")
+    assert main([*arguments[:2], str(tmp_path / "c.pt")]) == 1
+    assert "has dtypes torch.float32 and torch.float64" in capsys.readouterr().out
+    assert main([*arguments[:2], str(tmp_path / "c.pt"), "--tolerance", "0"]) == 0
+
+
+def test_verify_knows_damage_in_our_own_files(tmp_path, capsys):
+    """A flipped bit is named, by the file alone."""
+    saved_model("gpt2", tmp_path / "hf")
+    run("translate", tmp_path / "hf", tmp_path / "tp", "--to", "tensorpar", "--tp", 2)
+    run("verify", tmp_path / "tp")
+    file = tmp_path / "tp" / "tensorpar-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 16
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "tp")]) == 1
+    assert f"transformer.wte.weight in {file.name} is damaged" in capsys.readouterr().out
+
+
+def test_inspect_tells_what_there_is(tmp_path, capsys, smd):
+    """Layout, degree, dtypes, global shapes and how they are cut."""
+    saved_model("gpt2", tmp_path / "hf")
+    run("translate", tmp_path / "hf", tmp_path / "tp", "--to", "tensorpar", "--tp", 3)
+    save_partial(tmp_path / "smd", smd)
+    capsys.readouterr()
+    run("inspect", tmp_path / "tp")
+    told = capsys.readouterr().out
+    assert "layout     tensorpar" in told
+    assert "degree     3" in told
+    assert "[3, 5, 8, 40] dim 1 cut into [2, 2, 1]" in told
+    run("inspect", tmp_path / "smd")
+    told = capsys.readouterr().out
+    assert "layout     smdistributed" in told
+    assert "family     gpt2" in told
+    run("inspect", tmp_path / "hf")
+    assert "layout     hf" in capsys.readouterr().out
 
 
 def refused(capsys, *arguments: object) -> str:
     """The one-line error that ends the program."""
-    with pytest.raises(SystemExit) as end:
-        run(*arguments)
-    assert str(end.value.code).startswith("error: ")
-    assert not capsys.readouterr().out
-    return str(end.value.code)
+    assert main(["translate", *map(str, arguments)]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    assert told.err.splitlines()[-1].startswith("error: ")
+    return told.err
 
 
-def test_an_existing_file_is_kept(tmp_path, smd, capsys):
-    """Refused before anything is read."""
-    (tmp_path / "model.safetensors").write_text("mine")
-    assert "exists" in refused(capsys, tmp_path / "absent", tmp_path)
-    assert (tmp_path / "model.safetensors").read_text() == "mine"
+def test_an_existing_folder_is_kept(tmp_path, hf, smd, capsys):
+    """Refused before anything is written."""
+    torch.save(smd, tmp_path / "full.pt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("mine")
+    assert "exists" in refused(capsys, tmp_path / "full.pt", tmp_path / "out", "--to", "hf")
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"full.pt", "out"}
 
 
 @pytest.mark.parametrize(
@@ -158,27 +307,53 @@ def test_an_existing_file_is_kept(tmp_path, smd, capsys):
             ),
             "word_embedding.weight differs between pipeline ranks",
         ),
-        (lambda folder: [path.unlink() for path in folder.glob("*_*")], "required: files model_"),
+        (
+            lambda folder: torch.save(
+                torch.load(folder / "model_1_1.pt") | {"word_embedding.weight": torch.ones(97, 32)},
+                folder / "model_1_1.pt",
+            ),
+            "transformer.wte.weight differs between ranks",
+        ),
+        (
+            lambda folder: torch.save(
+                torch.load(folder / "model_0_0.pt"), folder / "model_0_0_0.pt"
+            ),
+            "",
+        ),
+        (lambda folder: [path.unlink() for path in folder.glob("*_*")], "holds no checkpoint"),
     ],
-    ids=["missing", "truncated", "stage", "pickle", "nested", "tie", "empty"],
+    ids=["missing", "truncated", "stage", "pickle", "nested", "tie", "values", "other", "empty"],
 )
 def test_what_is_not_one_checkpoint_is_refused(tmp_path, smd, capsys, breaking, message):
     """One line names it, and nothing is written."""
     save_partial(tmp_path / "in", smd)
     breaking(tmp_path / "in")
-    assert message in refused(capsys, tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    if not message:  # files of another checkpoint beside are none of ours
+        return to_hf(tmp_path / "in", tmp_path / "out")
+    assert message in refused(capsys, tmp_path / "in", tmp_path / "out", "--to", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    return None
 
 
-def test_wrong_files_are_refused(tmp_path, hf, capsys):
-    """Absent, of several checkpoints, twice, of another layout."""
-    a, b, full = (tmp_path / name for name in ("a_0_0.pt", "b_0_1.pt", "full.pt"))
-    for file in (a, b, full):
-        torch.save(hf, file)
-    out = tmp_path / "out"
-    assert "absent" in refused(capsys, tmp_path / "nowhere", out)
-    assert "files of several checkpoints: ['a', 'b']" in refused(capsys, a, b, out)
-    assert "several files for pp 0, tp 0" in refused(capsys, a, a, out)
-    assert "named otherwise" in refused(capsys, a, full, out)
-    assert "the keys fit no family" in refused(capsys, a, out)
-    assert "smdistributed's layout" in refused(capsys, a, out, "--family", "gpt2")
+def test_wrong_requests_are_refused(tmp_path, hf, smd, capsys):
+    """Absent files, several checkpoints, no config where heads are cut, degrees that are none."""
+    (tmp_path / "two").mkdir()
+    for stem in ("a", "b"):
+        save_partial(tmp_path / "two", smd, stem=stem)
+    torch.save(smd, tmp_path / "full.pt")
+    torch.save({"x": torch.ones(2)}, tmp_path / "other.pt")
+    full, out = tmp_path / "full.pt", tmp_path / "out"
+    assert "is absent" in refused(capsys, tmp_path / "nowhere", out, "--to", "hf")
+    assert "several checkpoints, ['a', 'b', 'opt" in refused(
+        capsys, tmp_path / "two", out, "--to", "hf"
+    )
+    assert "for the number of heads; name it by --config" in refused(
+        capsys, full, out, "--to", "tensorpar"
+    )
+    assert "of no known family" in refused(
+        capsys, tmp_path / "other.pt", out, "--to", "smdistributed"
+    )
+    assert "--tp 2 with --to hf" in refused(capsys, full, out, "--to", "hf", "--tp", 2)
+    assert "tp_degree = 0" in refused(capsys, full, out, "--to", "smdistributed", "--tp", 0)
+    assert "size = 'much'" in refused(capsys, full, out, "--to", "hf", "--max-shard-size", "much")
+    assert not out.exists()

@@ -1,0 +1,296 @@
+"""`tensorpar translate` against `cp` and `sync`: a GPT-J shape in bf16, Hugging Face to tp 4 and back.
+
+Both contestants alternate within one run, so that what else the machine does hits both alike; what
+ours wrote is compared with what it read before any time is believed. Memory is RssAnon, sampled
+all the time, above its value after imports. Run as
+`python benchmarks/bench_checkpoint.py --size 6 --pairs 5`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH, INNER, HEADS, VOCABULARY = 4096, 16384, 16, 50400
+MB = 1 << 20
+
+
+def main() -> None:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-checkpoint-") as name:
+        folder = Path(name)
+        size = affordable(args.size, folder)
+        source = folder / "hf"
+        largest = make_model(source, size)
+        num_bytes = sum(file.stat().st_size for file in source.iterdir())
+        print(f"{num_bytes / 1e9:.2f} GB on {file_system(folder)}, largest tensor {largest:,} B")
+        sharded = folder / f"tp{args.tp}"
+        translate(source, sharded, "tensorpar", args.tp)  # the source of the way back
+        verify(source, sharded)
+        rows = {
+            f"hf to tp {args.tp}": alternate(
+                args.pairs, source, folder / "out", "tensorpar", args.tp
+            ),
+            f"tp {args.tp} to hf": alternate(args.pairs, sharded, folder / "out", "hf", None),
+        }
+        naive = {
+            name: in_process(task, str(source), str(folder / "naive"), args.tp)
+            for name, task in (("the naive way, hf to tp", naive_way),)
+        }
+        report(args, size, rows, naive, {"bytes": num_bytes, "largest": largest}, folder)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=float, default=6, help="billions of parameters")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
+    return parser.parse_args()
+
+
+def affordable(size: float, folder: Path) -> float:
+    """The size, or what the disk has room for: the source and three copies."""
+    free = shutil.disk_usage(folder).free
+    possible = free / (2e9 * 4.2)
+    if size <= possible:
+        return size
+    smaller = int(possible * 10) / 10
+    print(
+        f"--size {size} needs {size * 8.4:.0f} GB, {free / 1e9:.0f} GB are free: --size {smaller}"
+    )
+    return smaller
+
+
+def make_model(folder: Path, size: float) -> int:
+    """A GPT-J checkpoint of about `size` billions of parameters; the bytes of its largest tensor.
+
+    Written tensor by tensor, since the machine need not hold it.
+    """
+    import transformers
+
+    from tensorpar.positioned import bytes_of
+    from tensorpar.safetensors_header import TensorSpec, decode, encode
+
+    per_layer = 4 * WIDTH**2 + 2 * WIDTH * INNER
+    layers = max(round((size * 1e9 - 2 * VOCABULARY * WIDTH) / per_layer), 1)
+    config = transformers.GPTJConfig(
+        n_embd=WIDTH, n_inner=INNER, n_head=HEADS, vocab_size=VOCABULARY, n_layer=layers
+    )
+    with torch.device("meta"):
+        model = transformers.GPTJForCausalLM(config)
+    specs = {
+        name: TensorSpec(torch.bfloat16, tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+    }
+    config.architectures, config.dtype = ["GPTJForCausalLM"], torch.bfloat16
+    config.save_pretrained(folder)
+    start = encode(specs, {"format": "pt"})
+    total = len(start) + sum(spec.num_bytes for spec in specs.values())
+    header = decode(start, total)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(start)
+        for name in tqdm(header.tensors, desc=f"making {layers} layers"):
+            file.seek(header.offsets[name])
+            file.write(bytes_of(torch.randn(specs[name].shape, dtype=torch.bfloat16)))
+    return max(spec.num_bytes for spec in specs.values())
+
+
+def alternate(
+    pairs: int, source: Path, out: Path, layout: str, tp: int | None
+) -> list[dict[str, Any]]:
+    """Seconds of both contestants, taking turns, and our memory."""
+    runs = []
+    for _ in tqdm(range(pairs), desc=f"{source.name} to {layout}"):
+        copied = copy(source, out)
+        ours = translate(source, out, layout, tp)
+        runs.append({"copy seconds": copied, **ours, "ratio": copied / ours["seconds"]})
+    return runs
+
+
+def copy(source: Path, out: Path) -> float:
+    """`cp -r --reflink=never SRC DST && sync -f DST`."""
+    settle(out)
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", source, out], check=True)
+    subprocess.run(["sync", "-f", out], check=True)
+    seconds = time.perf_counter() - start
+    settle(out)
+    return seconds
+
+
+def translate(source: Path, out: Path, layout: str, tp: int | None) -> dict[str, Any]:
+    """Ours in a process of its own, with fsync and rename."""
+    settle(out)
+    command = ["translate", str(source), str(out), "--to", layout]
+    command += [] if tp is None else ["--tp", str(tp)]
+    start = time.perf_counter()
+    result = in_process(run_command, *command)
+    result["seconds with start and imports"] = time.perf_counter() - start
+    return result
+
+
+def settle(out: Path) -> None:
+    """Nothing left of the run before, in the folder or on its way to the disk."""
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run(["sync", "-f", out.parent], check=True)
+
+
+def verify(source: Path, written: Path) -> None:
+    told = in_process(run_command, "verify", str(source), str(written))
+    if told["result"] != 0:
+        raise SystemExit("what was written is not what was read")
+
+
+def run_command(*arguments: str) -> int:
+    from tensorpar.translators.command import main as command
+
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        return command(arguments)
+
+
+def naive_way(source: str, out: str, tp: int) -> None:
+    """Load all, translate, save all."""
+    from safetensors.torch import load_file, save_file
+
+    from tensorpar.translators import from_hf, split
+
+    config = json.loads((Path(source) / "config.json").read_text())
+    tensors = load_file(Path(source) / "model.safetensors")
+    # what is mapped from a file is not counted; whoever translates by hand copies
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    Path(out).mkdir()
+    for rank, part in enumerate(split(from_hf(tensors, config), config, tp)):
+        own = {name: tensor.contiguous() for name, tensor in part.items()}
+        save_file(own, Path(out) / f"{rank}.safetensors")
+    subprocess.run(["sync", "-f", out], check=True)
+    shutil.rmtree(out)
+
+
+def in_process(task: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What `task` returns in a new process, its seconds and its memory, imports apart."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measured, args=(theirs, task, arguments))
+    process.start()
+    theirs.close()
+    result: dict[str, Any] = ours.recv()
+    process.join()
+    return result
+
+
+def measured(pipe: Any, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import tensorpar.translators.command  # noqa: F401
+
+    base = peak = rss_anon()
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, rss_anon())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    result = task(*arguments)
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    pipe.send({"result": result, "seconds": seconds, "memory": peak - base})
+
+
+def rss_anon() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon")) * 1024
+
+
+def file_system(folder: Path) -> str:
+    told = subprocess.run(
+        ["df", "--output=fstype,source", folder], capture_output=True, text=True, check=True
+    )
+    return " ".join(told.stdout.splitlines()[1].split())
+
+
+def report(
+    args: argparse.Namespace,
+    size: float,
+    rows: dict[str, list[dict[str, Any]]],
+    naive: dict[str, dict[str, Any]],
+    model: dict[str, int],
+    folder: Path,
+) -> None:
+    limit = 2 * model["largest"] + 256 * MB
+    print(
+        f"\n{'direction':16}{'cp GB/s':>9}{'ours GB/s':>11}{'ratio':>8}{'range':>14}{'RssAnon':>10}"
+    )
+    summary = {}
+    for name, runs in rows.items():
+        ratios = [run["ratio"] for run in runs]
+        rates = [
+            model["bytes"] / 1e9 / statistics.median(run[key] for run in runs)
+            for key in ("copy seconds", "seconds")
+        ]
+        memory = max(run["memory"] for run in runs)
+        summary[name] = {
+            "ratio": statistics.median(ratios),
+            "GB per second": dict(zip(("cp", "ours"), rates, strict=True)),
+            "peak RssAnon": memory,
+        }
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(
+            f"{name:16}{rates[0]:9.2f}{rates[1]:11.2f}{statistics.median(ratios):8.2f}{spread:>14}"
+            f"{memory / MB:7.0f} MB"
+        )
+    for name, one in naive.items():
+        print(f"{name}: {one['seconds']:.1f} s, RssAnon {one['memory'] / MB:.0f} MB")
+    print(f"limit of RssAnon: 2 x the largest tensor + 256 MB = {limit / MB:.0f} MB")
+    result = {
+        "summary": summary,
+        "limit of RssAnon": limit,
+        "runs": rows,
+        "naive": naive,
+        "model": {"billions": size, **model},
+        "file system": file_system(folder),
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"checkpoint_cpu_{datetime.now(UTC):%Y%m}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def versions() -> dict[str, str]:
+    import tensorpar
+
+    return {
+        "tensorpar": tensorpar.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {mp.cpu_count()} cores",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
