@@ -2,6 +2,7 @@
 
 import tensorpar.families  # noqa: F401  (registers the tables)
 from tensorpar.context import set_tensor_parallelism, tensor_parallelism
+from tensorpar.data_parallel import DataParallel
 from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
 from tensorpar.model import DistributedModel
 from tensorpar.parallelize import parallelize
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Column",
     "CommGroup",
+    "DataParallel",
     "DistributedModel",
     "Row",
     "VocabParallel",

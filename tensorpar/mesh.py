@@ -122,11 +122,6 @@ def _check_world_size(config: Config, world_size: int) -> None:
             f"world size = {world_size}, required: a multiple of tensor_parallel_degree = "
             f"{degree}; start {degree} processes or a multiple, or lower the degree"
         )
-    if config.ddp and world_size > degree:
-        raise ValueError(
-            f"ddp = True with {world_size // degree} data-parallel ranks, required: one; pass "
-            "ddp=False and call torch.distributed.fsdp.fully_shard(model, mesh=tensorpar.dp_mesh())"
-        )
 
 
 def _start_process_group(device_type: str, timeout: timedelta) -> None:

@@ -19,7 +19,7 @@ FLOORS = [
     {"region", "agreement", "own_batches", "replace"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "narrowing"},
+    {"saving", "narrowing", "data_parallel"},
     {"parallelize"},
     {"context", "model"},
 ]
