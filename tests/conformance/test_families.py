@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -13,103 +11,23 @@ import transformers
 from torch.distributed.tensor.debug import CommDebugMode
 
 import tensorpar
+from tests.conformance.families import (
+    BEHIND_FLOAT32,
+    CASES,
+    EXACT,
+    HEADS,
+    IN_FLOAT32,
+    build,
+    inputs,
+    outputs_and_gradients,
+)
 from tests.conformance.gpt2 import (
     Tensors,
-    default_dtype,
     detached,
-    gradients_of,
     require_close,
     require_equal_ranks,
-    tensors_of,
     weights_of,
 )
-from tests.families import FAMILIES, PLANS_ONLY
-
-EXACT, BEHIND_FLOAT32 = 1e-10, 1e-6
-#: families whose attention Transformers computes in float32 whatever the model's dtype.
-IN_FLOAT32 = {"gptj", "gptneo"}
-CASES = {case.name: case for case in (*FAMILIES, *PLANS_ONLY)}
-HEADS = [(case.name, head) for case in CASES.values() for head in (case.model, *case.heads)]
-
-
-def build(family: str, head: str, *, parallel: bool, **options: Any) -> Any:
-    """A perturbed float64 model without dropout; the parallel one is cut from the same values."""
-    torch.manual_seed(0)
-    config = CASES[family].config()
-    for name in vars(config):
-        if "drop" in name and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
-    config.pad_token_id = 1
-    with default_dtype(torch.float64):
-        model = getattr(transformers, head)(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise, alpha=0.1)
-    if parallel:
-        chosen = tensorpar.options.Options.of(True, options)
-        tensorpar.parallelize(model, options=chosen)
-    return model
-
-
-def inputs(head: str, *, labels: bool) -> dict[str, torch.Tensor]:
-    """Forward arguments of a class, with right padding; what its loss needs on request."""
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape: int, low: int = 2, high: int = 97) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator)
-
-    choices = (2,) if "MultipleChoice" in head or "Double" in head else ()
-    ids = draw(3, *choices, 9)
-    mask = torch.ones_like(ids)
-    mask[1, ..., 6:] = 0
-    given = {"input_ids": ids, "attention_mask": mask}
-    if not labels:
-        return given
-    targets = ids.masked_fill(mask == 0, -100)
-    by_kind = {
-        "LM": {"labels": targets},
-        "PreTraining": {"labels": targets, "next_sentence_label": draw(3, low=0, high=2)},
-        "Double": {"labels": targets, "mc_labels": draw(3, low=0, high=2)},
-        "TokenClassification": {"labels": draw(3, 9, low=0, high=2)},
-        "QuestionAnswering": {
-            "start_positions": draw(3, low=0, high=6),
-            "end_positions": draw(3, low=0, high=6),
-        },
-        "": {"labels": draw(3, low=0, high=2)},
-    }
-    return given | next(extra for kind, extra in by_kind.items() if kind in head)
-
-
-def probe(output: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor:
-    """A scalar that every output moves; nothing of a padded position enters."""
-    total = torch.zeros((), dtype=torch.float64)
-    for value in tensors_of(output).values():
-        kept = value
-        if value.shape[: mask.ndim] == mask.shape:
-            kept = value * mask.view(*mask.shape, *[1] * (value.ndim - mask.ndim))
-        total = total + (kept * torch.linspace(-1, 1, value.numel()).view_as(value)).sum()
-    return total
-
-
-def outputs_and_gradients(
-    family: str, head: str, parallel: bool, options: Mapping[str, Any]
-) -> Tensors:
-    """Outputs in eval, then the gradients of a float64 scalar made of all outputs in training."""
-    model = build(family, head, parallel=parallel, **options)
-    given = inputs(head, labels=False)
-    mask = given["attention_mask"]
-    with torch.no_grad():
-        seen = tensors_of(model.eval()(**given, output_hidden_states=True))
-    kept = {
-        name: value * mask.view(*mask.shape, *[1] * (value.ndim - mask.ndim))
-        if value.shape[: mask.ndim] == mask.shape
-        else value
-        for name, value in seen.items()
-    }
-    probe(model.train()(**given), mask).backward()
-    return detached(kept, "output") | detached(gradients_of(model), "gradient")
 
 
 def trained_with_labels(family: str, head: str, parallel: bool) -> Tensors:
