@@ -68,10 +68,11 @@ class DataParallel:
             self._wrap(unit, mesh)
 
     def _wrap(self, unit: nn.Module, mesh: DeviceMesh) -> None:
+        host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": self.mixed_precision or MixedPrecisionPolicy(),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": host if self.cpu_offload else OffloadPolicy(),
         }
         if self.kind == "fsdp":
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
@@ -130,8 +131,8 @@ def require_even_batches(given: dict[str, Any], mesh: DeviceMesh) -> None:
     require_agreement(
         rows,
         mesh,
-        "data-parallel ranks were fed batches of different sizes, whose gradients would be averaged "
-        "as if they were alike; drop the last batch (drop_last=True) or pad it with labels of -100",
+        "data-parallel ranks were fed batches of different sizes, and averaging gradients would "
+        "not give the mean over rows; pass drop_last=True to the loader, or pad the last batch",
     )
 
 
