@@ -1,6 +1,7 @@
 """Hugging Face models made tensor parallel on stock PyTorch, and their checkpoints translated."""
 
 import tensorpar.families  # noqa: F401  (registers the tables)
+from tensorpar.checkpoint import PendingSave, Resumed, load_checkpoint, save_checkpoint
 from tensorpar.context import set_tensor_parallelism, tensor_parallelism
 from tensorpar.data_parallel import DataParallel
 from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
@@ -36,6 +37,8 @@ __all__ = [
     "CommGroup",
     "DataParallel",
     "DistributedModel",
+    "PendingSave",
+    "Resumed",
     "Row",
     "VocabParallel",
     "barrier",
@@ -45,6 +48,7 @@ __all__ = [
     "get_process_group",
     "init",
     "is_initialized",
+    "load_checkpoint",
     "local_rank",
     "local_size",
     "mp_rank",
@@ -56,6 +60,7 @@ __all__ = [
     "rdp_rank",
     "rdp_size",
     "register",
+    "save_checkpoint",
     "set_tensor_parallelism",
     "shutdown",
     "size",

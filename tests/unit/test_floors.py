@@ -13,15 +13,26 @@ ROOT = Path(__file__).parents[2]
 
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
-    {"config", "partition", "pattern", "random", "rendezvous", "hf_compat", "options"},
+    {
+        "checksummed",
+        "config",
+        "hf_compat",
+        "options",
+        "partition",
+        "pattern",
+        "random",
+        "rendezvous",
+        "together",
+    },
     {"mesh", "parameters", "empty_shards", "styles"},
     {"collectives", "ranks", "registry", "gathering"},
-    {"region", "agreement", "own_batches", "replace"},
+    {"checkpoint_folder", "training_state", "region", "agreement", "own_batches", "replace"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
     {"saving", "narrowing", "data_parallel"},
     {"parallelize"},
     {"context", "model"},
+    {"checkpoint"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}
