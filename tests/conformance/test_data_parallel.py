@@ -271,3 +271,39 @@ def test_export_and_generation(ranks, tmp_path, kind):
         own = prompt[:, : 3 + rank // 2]
         expected = plain.generate(own, max_length=9, do_sample=False, pad_token_id=1)
         assert torch.equal(tokens, expected)
+
+
+def overflowing(kind: str | None) -> list[tuple[bool, float]]:
+    """Whether each of two scaled steps is skipped, and the scale after; rank 1 overflows once."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True, dtype=torch.float32)
+    parallel = tensorpar.DistributedModel(model, data_parallel=kind)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    overflows = [tensorpar.rank() == 1, False]
+
+    def overflow(_module: object, _given: object, output: torch.Tensor) -> None:
+        if overflows.pop(0):
+            output.register_hook(lambda gradient: gradient * torch.inf)
+
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(overflow)
+    seen = []
+    for _ in range(2):
+        before = weights_of(model)
+        scaler.scale(parallel(**inputs("GPT2LMHeadModel", labels=True)).loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        after = weights_of(model)
+        seen.append(
+            (all(torch.equal(after[name], x) for name, x in before.items()), scaler.get_scale())
+        )
+    return seen
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, None), (4, "fsdp"), (4, "replicate")])
+def test_overflow_on_one_rank_skips_the_step_on_all(ranks, size, kind):
+    """torch's `GradScaler` sees the infinity of any rank on every rank."""
+    for steps in ranks(size, tensor_parallel_degree=2).run(overflowing, kind):
+        assert steps == [(True, 512.0), (False, 512.0)]
