@@ -1,7 +1,9 @@
 """Hugging Face models made tensor parallel on stock PyTorch, and their checkpoints translated."""
 
 import tensorpar.families  # noqa: F401  (registers the tables)
+from tensorpar.checkpoint import PendingSave, Resumed, load_checkpoint, save_checkpoint
 from tensorpar.context import set_tensor_parallelism, tensor_parallelism
+from tensorpar.data_parallel import DataParallel
 from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
 from tensorpar.model import DistributedModel
 from tensorpar.optimizer import (
@@ -39,7 +41,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Column",
     "CommGroup",
+    "DataParallel",
     "DistributedModel",
+    "PendingSave",
+    "Resumed",
     "Row",
     "VocabParallel",
     "barrier",
@@ -49,6 +54,7 @@ __all__ = [
     "get_process_group",
     "init",
     "is_initialized",
+    "load_checkpoint",
     "load_optimizer_state_dict",
     "load_sharded",
     "local_optimizer_state_dict",
@@ -64,6 +70,7 @@ __all__ = [
     "rdp_rank",
     "rdp_size",
     "register",
+    "save_checkpoint",
     "save_sharded",
     "set_tensor_parallelism",
     "shutdown",

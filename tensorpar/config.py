@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 #: placement strategies, and whether neighbouring ranks are tensor-parallel peers (tp innermost).
 PLACEMENTS = {
@@ -35,8 +35,9 @@ class Config:
             data-parallel ones; or the order of the letters D, P, T, the last varying fastest.
         delayed_parameter_initialization: default of `tensor_parallelism`'s option of that name.
         reproducible_dropout, check_replicas_every: defaults of the options of these names.
-        ddp: only True with one data-parallel rank, where it changes nothing; with more, wrap the
-            model in `torch.distributed.fsdp.fully_shard` instead.
+        ddp: `DistributedModel` averages gradients over data-parallel ranks.
+        shard_optimizer_state: with `ddp`, it also shards parameters, gradients and optimizer
+            states over them (FSDP2).
         optimize: `"speed"` or `"memory"`; both run the same code.
         pipeline_parallel_degree, microbatches: 1, kept so that old configurations are understood.
     """
@@ -48,6 +49,7 @@ class Config:
     reproducible_dropout: bool = False
     check_replicas_every: int = 0
     ddp: bool = False
+    shard_optimizer_state: bool = False
     optimize: str = "speed"
     pipeline_parallel_degree: int = 1
     microbatches: int = 1
@@ -69,6 +71,13 @@ class Config:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} = {value!r}, required: one of {sorted(allowed)}")
+
+    @property
+    def data_parallel(self) -> Literal["fsdp", "replicate"] | None:
+        """What `DistributedModel` does by default about data-parallel ranks."""
+        if not self.ddp:
+            return None
+        return "fsdp" if self.shard_optimizer_state else "replicate"
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:

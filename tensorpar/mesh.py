@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from tensorpar.config import PLACEMENTS, Config
 
@@ -122,11 +123,6 @@ def _check_world_size(config: Config, world_size: int) -> None:
             f"world size = {world_size}, required: a multiple of tensor_parallel_degree = "
             f"{degree}; start {degree} processes or a multiple, or lower the degree"
         )
-    if config.ddp and world_size > degree:
-        raise ValueError(
-            f"ddp = True with {world_size // degree} data-parallel ranks, required: one; pass "
-            "ddp=False and call torch.distributed.fsdp.fully_shard(model, mesh=tensorpar.dp_mesh())"
-        )
 
 
 def _start_process_group(device_type: str, timeout: timedelta) -> None:
@@ -136,7 +132,14 @@ def _start_process_group(device_type: str, timeout: timedelta) -> None:
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=timeout)
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torchrun on one node hands a restarted group the store of the one that died, whose addresses
+    # are still in it (pytorch/pytorch#135712); on several nodes restarts are not counted alike
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    life = PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=life, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _make_mesh(config: Config, device_type: str) -> DeviceMesh:

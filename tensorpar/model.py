@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -11,12 +12,19 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tensorpar.data_parallel import (
+    DataParallel,
+    Kind,
+    require_even_batches,
+    without_gradient_sync,
+)
 from tensorpar.gathering import TIMEOUT, gathered_state_dict, load_full, tensorpar_layout
 from tensorpar.mesh import tp_mesh, world
 from tensorpar.options import Options
 from tensorpar.own_batches import OwnBatches
 from tensorpar.parallelize import parallelize
 from tensorpar.parameters import local, shard_dim
+from tensorpar.ranks import dp_mesh
 from tensorpar.recognition import LayoutName, recognise
 from tensorpar.replace import translate_functions
 
@@ -30,14 +38,31 @@ class DistributedModel(nn.Module):
         module: a model built under `tensor_parallelism()`, or marked by
             `set_tensor_parallelism`, whose marks are carried out now. Parameters of an unmarked
             plain model become replicated.
+        data_parallel: what data-parallel ranks share: `"fsdp"` shards parameters, gradients and
+            optimizer states over them, `"replicate"` averages gradients, a `DataParallel` says
+            more; None leaves each rank to itself. By default what the config of `init` says
+            (`ddp`, `shard_optimizer_state`). Build the optimizer afterwards.
 
     Raises:
         RuntimeError: before `init`.
+        ValueError: `data_parallel` is none of these.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        data_parallel: DataParallel | Kind | Literal["config"] | None = "config",
+    ) -> None:
         super().__init__()
+        if data_parallel == "config":
+            data_parallel = world().config.data_parallel
+        if isinstance(data_parallel, str):
+            data_parallel = DataParallel(data_parallel)
         self.module = parallelize(module, options=Options(enabled=False))
+        if data_parallel is not None:
+            data_parallel.apply(self.module, dp_mesh())
+        self.__dict__["_data_parallel"] = data_parallel
         batches = None if world().config.prescaled_batch else OwnBatches(tp_mesh())
         self.__dict__["_own_batches"] = batches
 
@@ -48,7 +73,14 @@ class DistributedModel(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; with `prescaled_batch=False` on the batches of all tp ranks together."""
+        """Run the model; with `prescaled_batch=False` on the batches of all tp ranks together.
+
+        Raises:
+            ValueError: while training data parallel, batches of different numbers of rows.
+        """
+        if self.__dict__["_data_parallel"] is not None and self.training:
+            given = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+            require_even_batches(given, dp_mesh())
         own_batches: OwnBatches | None = self.__dict__["_own_batches"]
         if own_batches is None:
             return self.module(*args, **kwargs)
@@ -57,6 +89,10 @@ class DistributedModel(nn.Module):
     def backward(self, loss: torch.Tensor) -> None:
         """`loss.backward()`."""
         loss.backward()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within: gradients are accumulated on each data-parallel rank and not reduced."""
+        return without_gradient_sync(self.module)
 
     def get_module(self) -> nn.Module:
         """The model inside."""

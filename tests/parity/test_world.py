@@ -82,7 +82,6 @@ def refused(arguments: dict[str, Any]) -> tuple[str, bool]:
         ({"config": {"tensor_parallel_degre": 2}}, "unknown keys ['tensor_parallel_degre']"),
         ({"config": {"tensor_parallel_degree": "2"}}, "'2' (str), required: int"),
         ({"config": {"pipeline_parallel_degree": 2}}, "pipeline_parallel_degree = 2"),
-        ({"config": {"ddp": True, "tensor_parallel_degree": 2}}, "fully_shard"),
     ],
 )
 def test_init_refuses_on_every_rank(ranks, arguments, told):

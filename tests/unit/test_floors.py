@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {
         "bound",
+        "checksummed",
         "config",
         "hf_compat",
         "options",
@@ -32,16 +33,17 @@ FLOORS = [
     {"sharded_reading"},
     {"mesh", "parameters", "empty_shards", "styles", "moments"},
     {"collectives", "ranks", "registry", "gathering", "collecting"},
-    {"region", "agreement", "own_batches", "replace", "reproducible"},
+    {"region", "agreement", "own_batches", "replace", "reproducible", "checkpoint_folder"}
+    | {"training_state"},
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},
-    {"saving", "loading", "attention_choice", "adapter_files"},
+    {"saving", "loading", "attention_choice", "adapter_files", "data_parallel"},
     {"narrowing"},
     {"resizing", "lora"},
     {"parallelize"},
     {"context", "model"},
-    {"optimizer", "sharded_files"},
+    {"optimizer", "sharded_files", "checkpoint"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}

@@ -1,0 +1,309 @@
+"""Data beside tensor parallelism: 2 x 2 ranks train as one process on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed._composable.replicate import replicate as replicate_by_ddp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import tensorpar
+from tests.conformance.families import BEHIND_FLOAT32, CASES, build, inputs
+from tests.conformance.gpt2 import (
+    Tensors,
+    detached,
+    refusal,
+    require_close,
+    require_equal_ranks,
+    weights_of,
+)
+
+#: rows of the batch of 3 that has padding in row 1; by data-parallel rank, then by accumulation.
+ROWS = ((0, 1), (2, 1))
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    # a large eps: Adam divides by roots of squares, which blows rounding up where they are tiny
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-3, fused=True),
+    "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-3, foreach=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+}
+
+
+def by_hand(model: torch.nn.Module) -> torch.nn.Module:
+    """What a user of torch writes who does not know of `DistributedModel`."""
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2].isdigit():
+            fully_shard(module, mesh=tensorpar.dp_mesh())
+    return fully_shard(model, mesh=tensorpar.dp_mesh())
+
+
+def trained(family: str, way: Any, optimizer: str = "fused AdamW") -> Tensors:
+    """Losses, norms and weights of two clipped steps of two micro-batches each.
+
+    Args:
+        family: a key of `CASES`.
+        way: `"by hand"`, an argument `data_parallel` of `DistributedModel`, or None: one process
+            on all rows.
+        optimizer: a key of `OPTIMIZERS`.
+    """
+    head = CASES[family].model
+    model = build(family, head, parallel=way is not None).train()
+    if way == "by hand":
+        model = by_hand(model)
+    elif way is not None:
+        model = tensorpar.DistributedModel(model, data_parallel=way)
+    own = ROWS if way is None else ROWS[tensorpar.dp_rank() : tensorpar.dp_rank() + 1]
+    given = inputs(head, labels=True)
+    stepped = OPTIMIZERS[optimizer](model.parameters())
+    seen: Tensors = {}
+    for step in range(2):
+        losses = []
+        for rows in zip(*own, strict=True):
+            parts = [{name: x[[row]] for name, x in given.items()} for row in rows]
+            loss = torch.stack([model(**part).loss for part in parts]).mean() / 2
+            loss.backward()
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        stepped.step()
+        stepped.zero_grad()
+        total = torch.stack(losses).sum()
+        if way is not None:
+            dist.all_reduce(total.div_(2), group=tensorpar.dp_mesh().get_group())
+        seen |= detached({"loss": total, "norm": whole(norm)}, str(step))
+    return seen | detached(weights_of(getattr(model, "module", model)), "weight")
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@pytest.mark.feature("data parallel: fully_shard and replicate")
+@pytest.mark.parametrize("way", ["fsdp", "replicate"])
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_law_parity_at_two_by_two(ranks, family, way):
+    """Losses, gradient norms and weights equal one process's, gradients accumulated."""
+    results = ranks(4, tensor_parallel_degree=2).run(trained, family, way)
+    require_equal_ranks(results)
+    require_close(results[0], trained(family, None), BEHIND_FLOAT32)
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "fused AdamW"])
+@pytest.mark.parametrize("way", ["fsdp", "replicate"])
+def test_stock_optimizers(ranks, way, optimizer):
+    """Optimizers that update elements one by one take the steps of one process."""
+    results = ranks(4, tensor_parallel_degree=2).run(trained, "gpt2", way, optimizer)
+    require_equal_ranks(results)
+    require_close(results[0], trained("gpt2", None, optimizer), BEHIND_FLOAT32)
+
+
+def test_fully_shard_by_the_user(ranks):
+    """`fully_shard` called without tensorpar's wrapper trains the same."""
+    results = ranks(4, tensor_parallel_degree=2).run(trained, "gpt2", "by hand")
+    require_equal_ranks(results)
+    require_close(results[0], trained("gpt2", None), BEHIND_FLOAT32)
+
+
+def options(kind: str, changes: Mapping[str, Any]) -> Tensors:
+    """Training with one option of `DataParallel` changed."""
+    return trained("gpt2", tensorpar.DataParallel(kind, **changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("fsdp", {"reshard_after_forward": False}), ("fsdp", {"cpu_offload": True})],
+)
+def test_options_change_no_number(ranks, kind, changes):
+    """What is freed or kept on the host is a matter of memory."""
+    results = ranks(4, tensor_parallel_degree=2).run(options, kind, changes)
+    require_close(results[0], trained("gpt2", None), BEHIND_FLOAT32)
+
+
+def mixed(kind: str) -> tuple[set[torch.dtype], set[torch.dtype], float]:
+    """Dtypes inside the blocks and of the parameters, and the loss."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True, dtype=torch.float32)
+    model = tensorpar.DistributedModel(
+        model, data_parallel=tensorpar.DataParallel(kind, mixed_precision=policy)
+    )
+    inside: set[torch.dtype] = set()
+    model.transformer.h[0].mlp.register_forward_hook(lambda *given: inside.add(given[-1].dtype))
+    loss = model(**inputs("GPT2LMHeadModel", labels=True)).loss
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    return inside, {p.dtype for p in model.parameters()}, loss.item()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
+def test_mixed_precision_keeps_float32_master_weights(ranks, kind):
+    """bfloat16 in forward, float32 in what the optimizer sees."""
+    reference = build("gpt2", "GPT2LMHeadModel", parallel=False)
+    expected = reference(**inputs("GPT2LMHeadModel", labels=True)).loss.item()
+    for inside, parameters, loss in ranks(4, tensor_parallel_degree=2).run(mixed, kind):
+        assert inside == {torch.bfloat16}
+        assert parameters == {torch.float32}
+        assert loss == pytest.approx(expected, rel=0.02)
+
+
+def collectives_over_dp(kind: str) -> tuple[int, int]:
+    """How many collectives of backward are over data-parallel ranks, without and with sync."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True).train()
+    tensor_parallel = counted_backward(model)
+    model = tensorpar.DistributedModel(model, data_parallel=kind)
+    counted_backward(model)
+    with model.no_sync():
+        unsynced = counted_backward(model)
+    return unsynced - tensor_parallel, counted_backward(model) - tensor_parallel
+
+
+def counted_backward(model: torch.nn.Module) -> int:
+    """Reductions of one backward."""
+    loss = model(**inputs("GPT2LMHeadModel", labels=True)).loss
+    with CommDebugMode() as mode:
+        loss.backward()
+    reductions = (n for op, n in mode.get_comm_counts().items() if "gather" not in str(op))
+    return sum(reductions)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
+def test_skipped_steps_reduce_nothing(ranks, kind):
+    """Within `no_sync` gradients stay where they are; after it one reduction a unit."""
+    for unsynced, synced in ranks(4, tensor_parallel_degree=2).run(collectives_over_dp, kind):
+        assert unsynced == 0
+        assert synced == 3  # two blocks and the rest
+
+
+def accumulated(kind: str | None) -> Tensors:
+    """Weights after a step on two micro-batches, the first within `no_sync`."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=kind is not None).train()
+    given = inputs("GPT2LMHeadModel", labels=True)
+    if kind is None:
+        for row in (0, 1, 2, 1):
+            (model(**{name: x[[row]] for name, x in given.items()}).loss / 4).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return detached(weights_of(model), "weight")
+    parallel = tensorpar.DistributedModel(model, data_parallel=kind)
+    own = ROWS[tensorpar.dp_rank()]
+    with parallel.no_sync():
+        (parallel(**{name: x[[own[0]]] for name, x in given.items()}).loss / 2).backward()
+    (parallel(**{name: x[[own[1]]] for name, x in given.items()}).loss / 2).backward()
+    torch.optim.SGD(parallel.parameters(), lr=0.1).step()
+    return detached(weights_of(parallel.module), "weight")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
+def test_gradients_accumulate_without_sync(ranks, kind):
+    """The step after `no_sync` is that of all micro-batches on all ranks."""
+    results = ranks(4, tensor_parallel_degree=2).run(accumulated, kind)
+    require_equal_ranks(results)
+    require_close(results[0], accumulated(None), BEHIND_FLOAT32)
+
+
+def refused() -> Mapping[str, str]:
+    """What is said to batches of different sizes, to classic DDP, and to a kind that is none."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True).train()
+    other = build("gpt2", "GPT2LMHeadModel", parallel=True).train()  # it comes out damaged
+    given = inputs("GPT2LMHeadModel", labels=True)
+    rows = slice(0, 2 + tensorpar.dp_rank())
+    told = {
+        "DDP": refusal(lambda: torch.nn.parallel.DistributedDataParallel(model)),
+        "old replicate": refusal(lambda: replicate_by_ddp(other)(**given)),
+        "kind": refusal(lambda: tensorpar.DistributedModel(model, data_parallel="ddp")),
+    }
+    wrapped = tensorpar.DistributedModel(model, data_parallel="replicate")
+    uneven = {name: x[rows] for name, x in given.items()}
+    return told | {"rows": refusal(lambda: wrapped(**uneven))}
+
+
+def test_what_would_go_wrong_silently_is_refused(ranks):
+    """Uneven batches and wrappers that do not know DTensors end in an error on every rank."""
+    for told in ranks(4, tensor_parallel_degree=2).run(refused):
+        assert "input_ids = 2 on rank 0, 3 on rank 1" in told["rows"]
+        assert "drop_last=True" in told["rows"]
+        assert 'data_parallel="replicate"' in told["DDP"]
+        assert 'data_parallel="replicate"' in told["old replicate"]
+        assert "data_parallel = 'ddp'" in told["kind"]
+
+
+def by_config(config: Mapping[str, Any]) -> str:
+    """The kind that `DistributedModel` takes from the configuration dict."""
+    tensorpar.init({"tensor_parallel_degree": 2, "prescaled_batch": True, **config})
+    model = tensorpar.DistributedModel(build("gpt2", "GPT2LMHeadModel", parallel=True))
+    return type(model.module).__name__
+
+
+def test_the_configuration_chooses(ranks):
+    """`ddp` averages gradients; `shard_optimizer_state` shards as well."""
+    pool = ranks(4, init=False)
+    assert set(pool.run(by_config, {})) == {"GPT2LMHeadModel"}
+    assert set(pool.run(by_config, {"ddp": True})) == {"ReplicateGPT2LMHeadModel"}
+    sharded = pool.run(by_config, {"ddp": True, "shard_optimizer_state": True})
+    assert set(sharded) == {"FSDPGPT2LMHeadModel"}
+
+
+def exported(kind: str, folder: str) -> torch.Tensor:
+    """Save a data-parallel model; greedy tokens of a prompt whose length the dp rank decides."""
+    model = tensorpar.DistributedModel(
+        build("gpt2", "GPT2LMHeadModel", parallel=True).eval(), data_parallel=kind
+    )
+    model.save_pretrained(folder)
+    prompt = inputs("GPT2LMHeadModel", labels=False)["input_ids"][:1, : 3 + tensorpar.dp_rank()]
+    return model.generate(prompt, max_length=9, do_sample=False, pad_token_id=1)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
+def test_export_and_generation(ranks, tmp_path, kind):
+    """A data-parallel model is saved as Transformers' own, and each dp rank generates its own."""
+    from transformers import AutoModelForCausalLM
+
+    results = ranks(4, tensor_parallel_degree=2).run(exported, kind, str(tmp_path))
+    plain = build("gpt2", "GPT2LMHeadModel", parallel=False).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded) is type(plain)
+    require_close(detached(weights_of(loaded), ""), detached(weights_of(plain), ""), 0.0)
+    prompt = inputs("GPT2LMHeadModel", labels=False)["input_ids"][:1]
+    for rank, tokens in enumerate(results):
+        own = prompt[:, : 3 + rank // 2]
+        expected = plain.generate(own, max_length=9, do_sample=False, pad_token_id=1)
+        assert torch.equal(tokens, expected)
+
+
+def overflowing(kind: str | None) -> list[tuple[bool, float]]:
+    """Whether each of two scaled steps is skipped, and the scale after; rank 1 overflows once."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True, dtype=torch.float32)
+    parallel = tensorpar.DistributedModel(model, data_parallel=kind)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    overflows = [tensorpar.rank() == 1, False]
+
+    def overflow(_module: object, _given: object, output: torch.Tensor) -> None:
+        if overflows.pop(0):
+            output.register_hook(lambda gradient: gradient * torch.inf)
+
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(overflow)
+    seen = []
+    for _ in range(2):
+        before = weights_of(model)
+        scaler.scale(parallel(**inputs("GPT2LMHeadModel", labels=True)).loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        after = weights_of(model)
+        seen.append(
+            (all(torch.equal(after[name], x) for name, x in before.items()), scaler.get_scale())
+        )
+    return seen
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, None), (4, "fsdp"), (4, "replicate")])
+def test_overflow_on_one_rank_skips_the_step_on_all(ranks, size, kind):
+    """torch's `GradScaler` sees the infinity of any rank on every rank."""
+    for steps in ranks(size, tensor_parallel_degree=2).run(overflowing, kind):
+        assert steps == [(True, 512.0), (False, 512.0)]
