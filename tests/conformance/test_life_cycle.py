@@ -1,7 +1,7 @@
 """What happens to a model between its construction and its end, on parallel ones as in one process.
 
-Copies, dtypes, frozen parts, recomputed activations, pickles, compilation, and layers that a
-subclass adds by itself.
+Copies, dtypes, frozen parts, recomputed activations, pickles, and layers that a subclass adds by
+itself.
 """
 
 from __future__ import annotations
@@ -245,29 +245,6 @@ def test_recomputed_activations(ranks, family):
             require_close(other, plainly, tolerance)
     for same in zip(*results, strict=True):
         require_equal_ranks(list(same))
-
-
-def compiled(family: str, backend: str) -> tuple[Tensors, Tensors]:
-    """Logits in eval, loss and gradients in training: compiled, and not."""
-    torch.compiler.reset()
-    model = build(family, CASES[family].model, parallel=True)
-    fast = torch.compile(model, backend=backend)
-    found = []
-    for callable_ in (model, fast):
-        seen = {"logits": logits(callable_, family)}
-        callable_.train()
-        found.append(seen | detached(step(callable_, family), "step"))
-    torch.compiler.reset()
-    names = {name: name.replace("_orig_mod.", "") for name in found[1]}
-    return found[0], {names[name]: x for name, x in found[1].items()}
-
-
-@feature("torch.compile")
-@FAMILIES
-def test_compiled_models_agree(ranks, family):
-    """`torch.compile(model)` gives the logits, losses and gradients of the model itself."""
-    for plainly, fast in ranks(2).run(compiled, family, "aot_eager"):
-        require_close(fast, plainly, BEHIND_FLOAT32)
 
 
 class Extended(GPT2LMHeadModel):
