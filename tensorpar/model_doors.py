@@ -184,6 +184,8 @@ class ModelDoor:
 
     def _gather_attentions(self, model: Any, output: dict[str, Any]) -> None:
         """Recorded attention weights `[batch, this rank's heads, queries, keys]` become whole."""
+        if self.mesh.size() == 1:  # whole already, and on the way to the outputs' gradients
+            return
         heads = model.config.num_attention_heads
         held = chunk_sizes(heads, self.mesh.size())[self.mesh.get_local_rank()]
         for name in ("attentions", "cross_attentions"):
