@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import tensorpar
 from tensorpar.reading import counting
+from tests.conformance.families import build
 from tests.conformance.gpt2 import Tensors, detached, weights_of
-from tests.conformance.test_families import build
 
 
 @dataclass(frozen=True)

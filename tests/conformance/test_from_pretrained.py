@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import tensorpar
 from tensorpar import hf_compat, loading
+from tests.conformance.families import CASES
 from tests.conformance.gpt2 import refusal
 from tests.conformance.pretrained import (
     Loaded,
@@ -25,7 +26,6 @@ from tests.conformance.pretrained import (
     stored,
     tensors_in,
 )
-from tests.conformance.test_families import CASES
 
 CLASSIFIERS = {
     "gpt2": "GPT2ForSequenceClassification",

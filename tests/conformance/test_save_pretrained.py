@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tensorpar import collecting, hf_compat
+from tests.conformance.families import CASES as FAMILIES
+from tests.conformance.families import build
 from tests.conformance.gpt2 import (
     Case,
     batch,
@@ -26,8 +28,6 @@ from tests.conformance.gpt2 import (
     weights_of,
 )
 from tests.conformance.pretrained import tensors_in
-from tests.conformance.test_families import CASES as FAMILIES
-from tests.conformance.test_families import build
 
 CASES = {
     "tied": Case(),

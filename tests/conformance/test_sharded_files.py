@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import tensorpar
 from tensorpar import sharded_files
 from tensorpar.translators import merge
+from tests.conformance.families import CASES, build
 from tests.conformance.gpt2 import Case, perturbed, refusal, require_equal_ranks, weights_of
-from tests.conformance.test_families import CASES, build
 
 SHORT = timedelta(seconds=2)
 
