@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tensorpar
+from tensorpar.checksummed import Checksummed
 from tests.conformance.families import BEHIND_FLOAT32, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,
@@ -261,13 +262,20 @@ def failing_save(folder: str) -> tuple[str, int | None]:
     tensorpar.save_checkpoint(folder, 1, **run.parts)
     run.steps(1)
     no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if tensorpar.rank() == 1:
+    write = Checksummed.transform_to
+
+    def fill_the_disk(self: Checksummed, output: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, no_limit[1]))
+        return write(self, output)
+
+    if tensorpar.rank() == 1:
+        Checksummed.transform_to = fill_the_disk
     try:
         told = refusal(
             lambda: tensorpar.save_checkpoint(folder, 2, **run.parts), CheckpointException
         )
     finally:
+        Checksummed.transform_to = write
         resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
     resumed = tensorpar.load_checkpoint(folder, **run.parts)
     return told, None if resumed is None else resumed.step
