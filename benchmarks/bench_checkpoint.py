@@ -1,4 +1,4 @@
-"""`tensorpar translate` against `cp` and `sync`: a GPT-J shape in bf16, Hugging Face to tp 4 and back.
+"""`tensorpar translate` against `cp` and `sync`: a GPT-J shape in bf16, to tp 4 and back.
 
 Both contestants alternate within one run, so that what else the machine does hits both alike; what
 ours wrote is compared with what it read before any time is believed. Memory is RssAnon, sampled
@@ -52,11 +52,14 @@ def main() -> None:
             ),
             f"tp {args.tp} to hf": alternate(args.pairs, sharded, folder / "out", "hf", None),
         }
-        naive = {
-            name: in_process(task, str(source), str(folder / "naive"), args.tp)
-            for name, task in (("the naive way, hf to tp", naive_way),)
+        naive = in_process(naive_way, str(source), str(folder / "naive"), args.tp)
+        model = {
+            "billions": size,
+            "bytes": num_bytes,
+            "largest": largest,
+            "file system": file_system(folder),
         }
-        report(args, size, rows, naive, {"bytes": num_bytes, "largest": largest}, folder)
+    report(args, rows, naive, model)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -233,16 +236,13 @@ def file_system(folder: Path) -> str:
 
 def report(
     args: argparse.Namespace,
-    size: float,
     rows: dict[str, list[dict[str, Any]]],
-    naive: dict[str, dict[str, Any]],
-    model: dict[str, int],
-    folder: Path,
+    naive: dict[str, Any],
+    model: dict[str, Any],
 ) -> None:
     limit = 2 * model["largest"] + 256 * MB
-    print(
-        f"\n{'direction':16}{'cp GB/s':>9}{'ours GB/s':>11}{'ratio':>8}{'range':>14}{'RssAnon':>10}"
-    )
+    titles = f"{'cp GB/s':>9}{'ours GB/s':>11}{'ratio':>8}{'range':>14}{'RssAnon':>10}"
+    print(f"\n{'direction':16}{titles}")
     summary = {}
     for name, runs in rows.items():
         ratios = [run["ratio"] for run in runs]
@@ -261,16 +261,15 @@ def report(
             f"{name:16}{rates[0]:9.2f}{rates[1]:11.2f}{statistics.median(ratios):8.2f}{spread:>14}"
             f"{memory / MB:7.0f} MB"
         )
-    for name, one in naive.items():
-        print(f"{name}: {one['seconds']:.1f} s, RssAnon {one['memory'] / MB:.0f} MB")
+    told = f"{naive['seconds']:.1f} s, RssAnon {naive['memory'] / MB:.0f} MB"
+    print(f"hf to tp {args.tp}, load all, translate, save all: {told}")
     print(f"limit of RssAnon: 2 x the largest tensor + 256 MB = {limit / MB:.0f} MB")
     result = {
         "summary": summary,
         "limit of RssAnon": limit,
         "runs": rows,
-        "naive": naive,
-        "model": {"billions": size, **model},
-        "file system": file_system(folder),
+        "load all, translate, save all": naive,
+        "model": model,
         "arguments": {key: str(value) for key, value in vars(args).items()},
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

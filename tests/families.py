@@ -135,7 +135,7 @@ FAMILIES = (
         ),
     ),
 )
-#: families with a plan but no translators.
+#: families that smdistributed has no layout for.
 PLANS_ONLY = (
     FamilyCase(
         "gptneox",

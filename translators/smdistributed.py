@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .problems import refuse
-from .table import Rule, Side, Table, filled
+from .table import Rule, Side, Table, filled, tables
 from .tensors import StateDict
 
 
@@ -43,6 +43,9 @@ def match(table: Table, keys: Iterable[str], side: Side, *, strict: bool = True)
 
     Without `strict` keys that nobody knows pass through.
     """
+    if not table.rules:
+        others = sorted(one.family for one in tables())
+        return Match([], [], [f"smdistributed has no layout for it, only for {others}"])
     given = dict.fromkeys(keys)
     layers = table.layer_numbers(given, side)
     if gaps := sorted(set(range(max(len(layers), 1))) - layers):

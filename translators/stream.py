@@ -27,7 +27,7 @@ from .stored import Stored, blocks, carried, carrier, scratch_for
 #: while one waits for the disk, the other computes.
 NUM_WORKERS = 2
 #: what is read, and what is converted, summed and written, at once: it should stay in the cache.
-SLAB_BYTES, BLOCK_BYTES = 1 << 22, 1 << 20
+SLAB_BYTES, BLOCK_BYTES = 1 << 24, 1 << 22
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class Table:
 
     Attributes:
         family: Transformers' `model_type`.
-        rules: those whose keys a model must have.
+        rules: those whose keys a model must have; none if smdistributed had no layout for it.
         extras: groups of rules; if a model has one key of a group, it must have all.
         hf_prefix: what Hugging Face's base model, saved on its own, has not in front of its keys.
         smd_prefix: the same of smdistributed's.
@@ -194,5 +194,6 @@ def table_of(family: str) -> Table:
 
 
 def tables() -> list[Table]:
-    """The tables of all families."""
-    return [table_of(family) for family in FAMILIES]
+    """The tables of all families that smdistributed had a layout for."""
+    found = (table_of(family) for family in FAMILIES)
+    return [table for table in found if table.rules]

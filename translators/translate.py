@@ -136,6 +136,8 @@ def translate_hf_to_smdistributed(
 def variant(table: Table, keys: Iterable[str]) -> Table:
     """The table itself, or that of models of which only the layers were distributed."""
     full = (".seq_layers.", "word_embedding.")
+    if not table.rules:
+        return table
     return table if any(part in key for key in keys for part in full) else table.layers_only()
 
 

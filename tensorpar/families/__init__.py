@@ -1,6 +1,6 @@
 """One table per model family; importing this registers them all, by name, without transformers."""
 
-from tensorpar.families import (  # noqa: F401  (gpt_neox has no translators)
+from tensorpar.families import (
     bert,
     gpt2,
     gpt_neo,
@@ -10,6 +10,6 @@ from tensorpar.families import (  # noqa: F401  (gpt_neox has no translators)
 )
 
 FAMILIES: dict[str, str] = {
-    family.NAME: family.MODULE for family in (gpt2, bert, roberta, gptj, gpt_neo)
+    family.NAME: family.MODULE for family in (gpt2, bert, roberta, gptj, gpt_neo, gpt_neox)
 }
-"""Transformers' `model_type` to the dotted prefix of a family's plans; those with translators."""
+"""Transformers' `model_type` to the dotted prefix of a family's plans."""

@@ -185,6 +185,14 @@ def load_broken(folder: str, head: str, verify: bool) -> str:
     return told
 
 
+def save_other(folder: str) -> None:
+    """A model that differs in a tensor of the last rank only."""
+    model = perturbed(Case(), parallel=True)
+    with torch.no_grad():
+        model.transformer.wte.weight.to_local().mul_(1 + (tensorpar.rank() == 2))
+    tensorpar.save_sharded(model, folder)
+
+
 def test_files_that_do_not_fit_or_are_damaged_are_refused(ranks, tmp_path):
     """On every rank, and nothing is written."""
     folder = tmp_path / "files"
@@ -197,6 +205,11 @@ def test_files_that_do_not_fit_or_are_damaged_are_refused(ranks, tmp_path):
     told = ranks(2).run(load_broken, str(folder), "GPT2LMHeadModel", True)
     assert "is damaged: ['transformer.wte.weight'] are not what was saved" in told[1]
     assert "failed on other ranks" in told[0]
+    path.unlink()
+    ranks(3).run(save_other, str(tmp_path / "other"))
+    path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    for told in ranks(2).run(load_broken, str(folder), "GPT2LMHeadModel", False):
+        assert "rank 1 has another checkpoint than rank 0" in told
     path.unlink()
     for told in ranks(2).run(load_broken, str(folder), "GPT2LMHeadModel", False):
         assert "tensorpar-00001-of-00003.safetensors" in told

@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save, save_file
 from tensorpar.safetensors_header import DTYPES, TensorSpec, decode, encode
 from tensorpar.sharded_format import file_name, read_checkpoint
 from tensorpar.sharded_reading import damaged, opened_sharded
-from tensorpar.translators import from_hf, hf_to_smdistributed, smdistributed_to_hf, to_hf
+from tensorpar.translators import (
+    from_hf,
+    hf_to_smdistributed,
+    smdistributed_to_hf,
+    split,
+    to_hf,
+)
 from tensorpar.translators.assembly import tensors_of
 from tensorpar.translators.checkpoint import opened_checkpoint
 from tensorpar.translators.converting import Wanted, convert
@@ -240,12 +246,45 @@ def what_can_be_read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", PLANS_ONLY, ids=lambda case: case.name)
-def test_families_without_translators_are_copied(case, tmp_path):
-    """Hugging Face to Hugging Face needs no table; other layouts are refused."""
-    config = case.config()
-    hf = random_bits(case, config, torch.float16)
+@few
+@given(st.data(), world_sizes(), world_sizes(), dtypes)
+def test_law_disk_without_smdistributed(case: FamilyCase, data, a, b, dtype):
+    """hf -> tensorpar -> another degree -> hf is the identity; smdistributed is refused."""
+    config = data.draw(tiny_configs(case))
+    hf = random_bits(case, config, dtype)
     with saved(hf, config) as folder:
-        back = translated(folder / "hf", folder / "back", "hf", None)
+        one = translated(folder / "hf", folder / "one", "tensorpar", a)
+        two = translated(one, folder / "two", "tensorpar", b)
+        back = translated(two, folder / "back", "hf", None)
         assert same_bits(load_file(back / "model.safetensors"), hf)
-        with pytest.raises(ValueError, match="of no known family"):
-            translated(folder / "hf", folder / "tp", "tensorpar", 2)
+        with pytest.raises(ValueError, match="smdistributed has no layout for it"):
+            translated(folder / "hf", folder / "smd", "smdistributed", 2)
+    assert same_bits(to_hf(split(from_hf(hf, config), config, a), config), hf)
+    assert split(from_hf(hf, config), config, a)[0].keys() == hf.keys()
+
+
+def test_what_is_fused_in_gpt_neox(tmp_path):
+    """By index arithmetic: row (3 h + b) d of the fused weight is row d of b in head h."""
+    case = PLANS_ONLY[0]
+    config = case.config(heads=3, head_size=2)
+    hf = case.state_dict(config)
+    hf["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 4, 4)
+    ours = from_hf(hf, config)
+    assert "gpt_neox.layers.0.attention.bias" not in ours
+    for name, num_dims in (("weight", 4), ("bias", 3)):
+        key = f"gpt_neox.layers.0.attention.query_key_value.{name}"
+        assert ours[key].ndim == num_dims
+        for h, b, d in ((0, 0, 0), (1, 2, 1), (2, 0, 1), (2, 2, 0)):
+            assert torch.equal(ours[key][h, b, d], hf[key][(h * 3 + b) * 2 + d])
+
+
+def test_unknown_families_are_copied(tmp_path):
+    """Hugging Face to Hugging Face needs no table; other layouts are refused."""
+    tensors = {"some.weight": torch.ones(3, 2)}
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "other"}')
+    back = translated(tmp_path / "hf", tmp_path / "back", "hf", None)
+    assert same_bits(load_file(back / "model.safetensors"), tensors)
+    with pytest.raises(ValueError, match="of no known family"):
+        translated(tmp_path / "hf", tmp_path / "tp", "tensorpar", 2)

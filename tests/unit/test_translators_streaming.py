@@ -130,12 +130,12 @@ def test_memory_is_a_buffer_for_each_worker(tmp_path, tp):
         peaks: list[int] = []
         write(tensors, plan, tmp_path / "out", lambda _: peaks.append(rss_anon() - base))
     assert sum(tensor.spec.num_bytes for tensor in tensors) > 6 * largest
-    assert max(peaks) < NUM_WORKERS * largest + 24 * MB
+    assert max(peaks) < NUM_WORKERS * largest + 40 * MB
 
 
 def test_slabs_are_rows_that_both_sides_keep_together():
     """A tensor that is only cut passes in slabs; one that is transposed as a whole."""
-    rows = 3000
+    rows = 12_000
     whole = torch.arange(rows * 1024, dtype=torch.int32).view(rows, 1024)
     spec = TensorSpec(torch.float32, (rows, 1024))
     row_cut = Place("x", 256, (rows, 256), (1024, 1))
