@@ -2,6 +2,8 @@
 # Python 3.11+ and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# while one file's ranks meet, another's reference is computed
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 # what meets Transformers; the rest does not depend on its version
 OLDEST_TESTS := tests/unit tests/conformance/test_families.py tests/conformance/test_saving.py \
 	tests/conformance/test_versions.py tests/conformance/test_gpt2_init.py
@@ -14,11 +16,11 @@ demo: .venv/examples
 test: lint types test-newest test-oldest
 
 test-newest: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 # the lower ends of setup.cfg's ranges
 test-oldest: .venv-oldest/test
-	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
+	.venv-oldest/bin/python -m pytest $(TWO_AT_A_TIME) $(OLDEST_TESTS)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
