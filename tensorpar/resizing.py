@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.agreement import checksum, require_agreement
-from tensorpar.bound import Bound, Weak
+from tensorpar.bound import Bound
 from tensorpar.empty_shards import answer_empty_shards
 from tensorpar.mesh import tp_mesh
 from tensorpar.narrowing import Narrowing
@@ -35,8 +35,8 @@ def bind_resizing(model: nn.Module, root: nn.Module) -> None:
     `root` is remembered because a parameter of an inner model may be tied to one outside it.
     """
     known = model.__dict__.get("_tensorpar_root")
-    if known is None or any(module is known() for module in root.modules()):
-        model.__dict__["_tensorpar_root"] = Weak(root)
+    if known is None or any(module is known for module in root.modules()):
+        model.__dict__["_tensorpar_root"] = root
     model.__dict__["resize_token_embeddings"] = Bound(resize_token_embeddings, model)
 
 
@@ -80,7 +80,7 @@ def resize_token_embeddings(
         "tp ranks would resize the vocabulary differently; pass the same arguments and call "
         "torch.manual_seed alike on all tp ranks",
     )
-    with whole_vocabulary(self.__dict__["_tensorpar_root"](), mesh):
+    with whole_vocabulary(self.__dict__["_tensorpar_root"], mesh):
         return type(self).resize_token_embeddings(
             self, new_num_tokens, pad_to_multiple_of, mean_resizing
         )

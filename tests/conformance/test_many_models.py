@@ -127,24 +127,3 @@ def test_models_leave_nothing_behind(ranks, family):
     """No model, class, tensor, hook, patch, group or key of the store is left."""
     nothing = {"alive": [], "more objects": {}, "tables": {}, "patched": []}
     assert ranks(2).run(lives, family, timeout=200.0) == [nothing] * 2
-
-
-def dropped() -> bool:
-    """Whether a model's memory is free without the collector, as in one process."""
-    gc.collect()
-    gc.disable()
-    try:
-        with tensorpar.tensor_parallelism():
-            model = transformers.GPT2LMHeadModel(CASES["gpt2"].config())
-        ids = torch.arange(6).reshape(1, 6)
-        model(input_ids=ids, labels=ids).loss.backward()
-        first = weakref.ref(model)
-        del model
-        return first() is None
-    finally:
-        gc.enable()
-
-
-def test_a_dropped_model_is_freed_at_once(ranks):
-    """No cycle of ours waits for the garbage collector."""
-    assert ranks(2).run(dropped) == [True, True]

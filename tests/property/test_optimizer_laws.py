@@ -44,8 +44,8 @@ def optimizers(draw: st.DrawFn, case: FamilyCase) -> tuple[Any, dict[str, Any], 
     frozen = draw(st.sets(st.sampled_from(names), max_size=2))
     cut = draw(st.integers(0, len(names)))
     state = {
-        name: {"step": torch.tensor(3.0 + i), "like": weights[name], "other": weights[name] * 2 + i}
-        for i, name in enumerate(names)
+        name: {"step": torch.tensor(3.0 + i), "like": x, "other": (x.float() * 2 + i).to(x.dtype)}
+        for i, (name, x) in enumerate((name, weights[name]) for name in names)
         if name not in frozen
     }
     groups: list[dict[str, Any]] = [
