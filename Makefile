@@ -5,8 +5,8 @@ BIN := .venv/bin
 # while one file's ranks meet, another's reference is computed
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 # what meets Transformers; the rest does not depend on its version
-OLDEST_TESTS := tests/unit tests/conformance/test_families.py tests/conformance/test_saving.py \
-	tests/conformance/test_versions.py tests/conformance/test_gpt2_init.py
+OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformance/test_, \
+	families.py versions.py from_pretrained.py gpt2_init.py))
 
 .PHONY: demo test test-newest test-oldest bench shards features lint types clean
 
