@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,15 +20,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from contest import record
+from peak_memory import anonymous_bytes
 from tqdm import tqdm
 
-RESULTS = Path(__file__).parent / "results"
 WIDTH, INNER, HEADS, VOCABULARY = 4096, 16384, 16, 50400
 MB = 1 << 20
 
@@ -204,13 +203,13 @@ def in_process(task: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
 def measured(pipe: Any, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import tensorpar.translators.command  # noqa: F401
 
-    base = peak = rss_anon()
+    base = peak = anonymous_bytes()
     done = threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, rss_anon())
+            peak = max(peak, anonymous_bytes())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -220,11 +219,6 @@ def measured(pipe: Any, task: Callable[..., Any], arguments: tuple[Any, ...]) ->
     done.set()
     sampler.join()
     pipe.send({"result": result, "seconds": seconds, "memory": peak - base})
-
-
-def rss_anon() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon")) * 1024
 
 
 def file_system(folder: Path) -> str:
@@ -271,24 +265,8 @@ def report(
         "load all, translate, save all": naive,
         "model": model,
         "arguments": {key: str(value) for key, value in vars(args).items()},
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"checkpoint_cpu_{datetime.now(UTC):%Y%m}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
-
-
-def versions() -> dict[str, str]:
-    import tensorpar
-
-    return {
-        "tensorpar": tensorpar.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {mp.cpu_count()} cores",
-    }
+    record("checkpoint_cpu", result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ highest step. On object stores, which cannot rename folders, `complete.json` alo
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from pathlib import Path, PurePosixPath
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms
 
 from tensorpar.checksummed import Checksummed, registry
+from tensorpar.disk import sync
 
 _NAME = re.compile(r"step-(\d+)")
 _COMPLETE, _METADATA = "complete.json", ".metadata"
@@ -81,9 +81,9 @@ class CheckpointFolder:
         self._files.pipe_file(str(aside / _COMPLETE), json.dumps({"metadata crc32": crc}).encode())
         if self._is_local:
             for name in [*self._files.ls(str(aside), detail=False), str(aside)]:
-                _to_disk(name)
+                sync(name)
             Path(aside).rename(self._root / self._final(step))
-            _to_disk(str(self._root))
+            sync(str(self._root))
         for old in self.steps()[:-keep] if keep else []:
             self._files.rm(str(self._root / self._final(old)), recursive=True)
 
@@ -104,12 +104,3 @@ class CheckpointFolder:
 
     def _url(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"
-
-
-def _to_disk(path: str) -> None:
-    """Wait until a file, or the names in a folder, are on the medium."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

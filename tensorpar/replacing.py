@@ -15,7 +15,6 @@ rename and the last, so that shards of two saves are never loaded as one model.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -25,7 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+from tensorpar.disk import exchange_names, lives, sync
+
 _FILES, _MARKER = "files", "exchange.json"
 #: files up to this size are compared, to leave one that would not change.
 _SMALL = 1 << 20
@@ -54,7 +54,7 @@ def replacing(folder: str | os.PathLike[str], stale: Callable[[str], bool]) -> I
         files.mkdir()
         yield files
         for file in files.iterdir():
-            _sync(file)
+            sync(file)
         _commit(aside, path, stale, exchangeable=exchangeable)
     finally:
         _discard(aside)
@@ -63,12 +63,12 @@ def replacing(folder: str | os.PathLike[str], stale: Callable[[str], bool]) -> I
 def _commit(aside: Path, path: Path, stale: Callable[[str], bool], *, exchangeable: bool) -> None:
     files = aside / _FILES
     if not path.exists():
-        _sync(files)
+        sync(files)
         files.rename(path)
     elif not (exchangeable and _exchange(aside, path, stale)):
         _rename_one_by_one(files, path, stale)
-    _sync(path)
-    _sync(path.parent)
+    sync(path)
+    sync(path.parent)
 
 
 def _is_exchangeable(path: Path) -> bool:
@@ -87,7 +87,7 @@ def _make_aside(parent: Path, path: Path) -> Path:
     prefix = f".{path.name}.{socket.gethostname()}-"
     for left in (*path.parent.glob(f"{prefix}*.saving"), *path.glob(f"{prefix}*.saving")):
         number = re.fullmatch(r"(\d+)\.saving", left.name.removeprefix(prefix))
-        if number and not _lives(int(number[1])):
+        if number and not lives(int(number[1])):
             _finish_exchange(left, path)
             _discard(left)
     aside = parent / f"{prefix}{os.getpid()}.saving"
@@ -106,9 +106,9 @@ def _exchange(aside: Path, path: Path, stale: Callable[[str], bool]) -> bool:
         ]
         marker.write_text(json.dumps({"inode": files.stat().st_ino, "gone": gone}))
         for written in (marker, files, aside):
-            _sync(written)
-        if _names_exchanged(files, path):
-            _sync(path.parent)
+            sync(written)
+        if exchange_names(files, path):
+            sync(path.parent)
             _finish_exchange(aside, path)
             return True
         marker.unlink()
@@ -145,7 +145,7 @@ def _finish_exchange(aside: Path, path: Path) -> None:
         for old in old_files.iterdir():
             if old.name not in told["gone"] and not os.path.lexists(path / old.name):
                 old.rename(path / old.name)
-        _sync(path)
+        sync(path)
     shutil.rmtree(old_files, ignore_errors=True)
     marker.unlink()
 
@@ -175,32 +175,3 @@ def _same(new: Path, old: Path) -> bool:
     if not old.is_file() or old.stat().st_size != size or size > _SMALL:
         return False
     return new.read_bytes() == old.read_bytes()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _names_exchanged(one: Path, other: Path) -> bool:
-    """Whether two folders could swap names in one step; Linux can on most of its file systems."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    done: int = rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-    return done == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+from tensorpar.disk import exchange_names, lives, sync
 
 
 @contextmanager
@@ -40,7 +39,7 @@ def make_aside(path: Path) -> Path:
     prefix = f".{path.name}.{socket.gethostname()}-"
     for left in path.parent.glob(f"{prefix}*"):
         number = re.fullmatch(r"(\d+)\.unfinished", left.name.removeprefix(prefix))
-        if number and not _lives(int(number[1])):
+        if number and not lives(int(number[1])):
             discard(left)
     aside = path.parent / f"{prefix}{os.getpid()}.unfinished"
     discard(aside)
@@ -63,7 +62,7 @@ def commit(aside: Path, path: Path) -> None:
         sync(file)
     sync(aside)
     if path.exists() and any(path.iterdir()):
-        if not _exchanged(aside, path):
+        if not exchange_names(aside, path):
             old = aside.with_name(f"{aside.name}.old")
             path.rename(old)
             aside.rename(path)
@@ -72,32 +71,3 @@ def commit(aside: Path, path: Path) -> None:
     else:
         aside.rename(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two folders could swap names in one step."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    done: int = rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-    return done == 0

@@ -34,9 +34,9 @@ os.fsync = lambda handle: None  # a killed process loses nothing that the system
 for name in ("rename", "replace", "unlink", "link", "fsync", "mkdir", "rmdir"):
     setattr(os, name, deadly(getattr(os, name)))
 if mode == "one by one":
-    replacing._names_exchanged = lambda *_: False
+    replacing.exchange_names = lambda *_: False
 else:
-    replacing._names_exchanged = deadly(replacing._names_exchanged)
+    replacing.exchange_names = deadly(replacing.exchange_names)
 if mode == "no links":
     def refuse(*_, **__):
         raise PermissionError("no links here")
@@ -151,7 +151,7 @@ def test_where_names_cannot_be_exchanged(tmp_path, mode):
 
 def test_one_changed_file_is_replaced_at_once(tmp_path, monkeypatch):
     """Without exchange: if only the weights differ, one rename does it."""
-    monkeypatch.setattr(replacing, "_names_exchanged", lambda *_: False)
+    monkeypatch.setattr(replacing, "exchange_names", lambda *_: False)
     (tmp_path / "config").write_text("same")
     (tmp_path / "model").write_text("old")
     before = (tmp_path / "config").stat()
