@@ -18,9 +18,13 @@ CHILD = """
 import importlib.util, os, signal, sys
 from pathlib import Path
 source, folder, fatal, mode = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-spec = importlib.util.spec_from_file_location("replacing", source)
-replacing = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(replacing)
+def module(name, file):  # tensorpar itself would import torch, for seconds
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+module("tensorpar.disk", Path(source).with_name("disk.py"))
+replacing = module("tensorpar.replacing", source)
 steps = 0
 def deadly(call):
     def step(*args, **kwargs):
