@@ -30,6 +30,8 @@ START_SECONDS = 180.0
 #: how long the others may go on when a rank has failed; often they wait for it in a collective.
 GRACE_SECONDS = 3.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+#: after how many worlds workers are exchanged; gloo's threads outlive each.
+MOST_WORLDS = 20
 
 Answer = tuple[str, Any]
 
@@ -82,7 +84,7 @@ class Pool:
         self._folder = Path(tempfile.mkdtemp(prefix="tensorpar-ranks-"))
         self._workers: list[tuple[Any, Any]] = []
         self._world: int | None = None
-        self._num_worlds = 0
+        self._num_worlds = self._num_held = 0
 
     def __call__(self, size: int, *, init: bool = True, **config: Any) -> Ranks:
         """A world of `size` ranks.
@@ -100,6 +102,8 @@ class Pool:
     ) -> list[Answer]:
         """What every rank answers to a job; workers that did not answer well are gone."""
         answers: list[Answer] = []
+        if self._num_held >= MOST_WORLDS:
+            self.kill()
         try:
             self._start(ranks.size)
             job = Job(fn, args, ranks.config, ranks.size, self._new_rendezvous(ranks.size))
@@ -120,7 +124,7 @@ class Pool:
             process.kill()
             process.join()
             connection.close()
-        self._workers, self._world = [], None
+        self._workers, self._world, self._num_held = [], None, 0
 
     def close(self) -> None:
         """End the workers and delete their files."""
@@ -145,7 +149,8 @@ class Pool:
     def _new_rendezvous(self, size: int) -> str | None:
         if self._world == size:
             return None
-        self._world, self._num_worlds = size, self._num_worlds + 1
+        self._world = size
+        self._num_worlds, self._num_held = self._num_worlds + 1, self._num_held + 1
         return str(self._folder / f"rendezvous-{self._num_worlds}")
 
     def _collect(self, size: int, timeout: float) -> list[Answer]:
@@ -170,6 +175,24 @@ class Pool:
 
     def _stack_file(self, rank: int) -> Path:
         return self._folder / f"stack-{rank}"
+
+
+class Pools:
+    """A pool for each size, so that worlds of different sizes last beside each other."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, size: int, **options: Any) -> Ranks:
+        """As a pool's."""
+        if size not in self._pools:
+            self._pools[size] = Pool()
+        return self._pools[size](size, **options)
+
+    def close(self) -> None:
+        """End all workers."""
+        for pool in self._pools.values():
+            pool.close()
 
 
 def _receive(connection: Any) -> Answer:
