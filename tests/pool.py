@@ -114,8 +114,10 @@ class Pool:
         finally:
             if not answers or any(kind != "result" for kind, _ in answers):
                 self.kill()
-        if ranks.config is None:  # such a job may have done anything to the process group
-            self._world = None
+        if ranks.config is None:
+            # such a job may have done anything to the process group, and torch remembers by a
+            # mesh's layout groups that are gone by then
+            self.kill()
         return answers
 
     def kill(self) -> None:
