@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import resource
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tensorpar
-from tensorpar.checksummed import Checksummed
+from tensorpar import checksummed
 from tests.conformance.families import BEHIND_FLOAT32, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,
@@ -23,6 +23,7 @@ from tests.conformance.gpt2 import (
     require_equal_ranks,
     weights_of,
 )
+from tests.small_disk import small_disk_in
 
 STEPS, SAVED = 6, 3
 #: dp x tp, and how data-parallel ranks share the model.
@@ -261,22 +262,11 @@ def failing_save(folder: str) -> tuple[str, int | None]:
     run.steps(1)
     tensorpar.save_checkpoint(folder, 1, **run.parts)
     run.steps(1)
-    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write = Checksummed.transform_to
-
-    def fill_the_disk(self: Checksummed, output: Any) -> Any:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, no_limit[1]))
-        return write(self, output)
-
-    if tensorpar.rank() == 1:
-        Checksummed.transform_to = fill_the_disk
-    try:
+    small = small_disk_in(checksummed._Appending, "write", 4096)
+    with small if tensorpar.rank() == 1 else nullcontext():
         told = refusal(
             lambda: tensorpar.save_checkpoint(folder, 2, **run.parts), CheckpointException
         )
-    finally:
-        Checksummed.transform_to = write
-        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
     resumed = tensorpar.load_checkpoint(folder, **run.parts)
     return told, None if resumed is None else resumed.step
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import signal
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tensorpar.translators.destination import planned
 from tensorpar.translators.stored import InMemory, blocks
 from tensorpar.translators.stream import NUM_WORKERS, Buffer, slabs, write
 from tests.families import CASES
+from tests.small_disk import small_disk
 
 MB = 1 << 20
 
@@ -97,13 +97,9 @@ def test_ended_politely_leaves_nothing(source, tmp_path):
 @pytest.mark.parametrize("limit", [100, 3_000, 30_000])
 def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, layout, limit):
     """Wherever it is full: an error, and neither a folder nor a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     command = arguments(source, tmp_path / "out", layout)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
+    with small_disk(limit):
         assert main(command if layout != "hf" else command[:-2]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "error: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
