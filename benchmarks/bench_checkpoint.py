@@ -90,8 +90,8 @@ def make_model(folder: Path, size: float) -> int:
     """
     import transformers
 
-    from tensorpar.positioned import bytes_of
-    from tensorpar.safetensors_header import TensorSpec, decode, encode
+    from tensorpar.files.positioned import bytes_of
+    from tensorpar.files.safetensors_header import TensorSpec, decode, encode
 
     per_layer = 4 * WIDTH**2 + 2 * WIDTH * INNER
     layers = max(round((size * 1e9 - 2 * VOCABULARY * WIDTH) / per_layer), 1)

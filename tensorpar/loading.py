@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum
+from tensorpar.files.reading import Source, open_sources
 from tensorpar.promise import Promise, origin_of
-from tensorpar.reading import Source, open_sources
 from tensorpar.styles import Layout
 
 #: the fact by which ranks tell each other whether their loading went well.

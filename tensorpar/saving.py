@@ -17,12 +17,12 @@ from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
 from tensorpar.bound import Bound
 from tensorpar.collecting import Collector
+from tensorpar.files.replacing import replacing
 from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
 from tensorpar.rendezvous import rendezvous
 from tensorpar.replace import translate_functions
-from tensorpar.replacing import replacing
 
 
 def bind(model: nn.Module) -> None:
@@ -43,8 +43,8 @@ def save_pretrained(
     """Write an ordinary Hugging Face folder; collective over all ranks, written by rank 0.
 
     Rank 0 holds at most the tensors of one file at a time, the others none. The folder's old files
-    are replaced when all new ones are on the disk; `tensorpar.replacing` says what a process leaves
-    that is killed before.
+    are replaced when all new ones are on the disk; `tensorpar.files.replacing` says what a process
+    leaves that is killed before.
 
     Args:
         self: the parallel model.

@@ -19,15 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tensorpar.gathering import TIMEOUT
-from tensorpar.mesh import tp_mesh
-from tensorpar.model import DistributedModel
-from tensorpar.parameters import local_shard, shard_dim
-from tensorpar.positioned import bytes_of, write_from
-from tensorpar.ranks import rdp_rank
-from tensorpar.rendezvous import rendezvous
-from tensorpar.safetensors_header import decode
-from tensorpar.sharded_format import (
+from tensorpar.files.positioned import bytes_of, write_from
+from tensorpar.files.safetensors_header import decode
+from tensorpar.files.sharded_format import (
     RankHeader,
     digest,
     file_name,
@@ -35,9 +29,15 @@ from tensorpar.sharded_format import (
     is_file_name,
     slice_of,
 )
-from tensorpar.sharded_reading import Box, ShardedFiles, box_of, damaged, opened_sharded
+from tensorpar.files.sharded_reading import Box, ShardedFiles, box_of, damaged, opened_sharded
+from tensorpar.files.whole_folder import commit, discard, make_aside
+from tensorpar.gathering import TIMEOUT
+from tensorpar.mesh import tp_mesh
+from tensorpar.model import DistributedModel
+from tensorpar.parameters import local_shard, shard_dim
+from tensorpar.ranks import rdp_rank
+from tensorpar.rendezvous import rendezvous
 from tensorpar.together import on_all_ranks
-from tensorpar.whole_folder import commit, discard, make_aside
 
 
 def save_sharded(

@@ -14,8 +14,8 @@ from math import prod
 
 import torch
 
+from tensorpar.files.safetensors_header import TensorSpec
 from tensorpar.recognition import LayoutName
-from tensorpar.safetensors_header import TensorSpec
 
 from .checkpoint import Checkpoint, meta
 from .layouts import Layouts, num_heads

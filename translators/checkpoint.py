@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from tensorpar.families import FAMILIES
+from tensorpar.files.safetensors_header import TensorSpec, read_header
+from tensorpar.files.sharded_format import RankHeader, file_name, is_file_name, read_checkpoint
 from tensorpar.recognition import LayoutName
-from tensorpar.safetensors_header import TensorSpec, read_header
-from tensorpar.sharded_format import RankHeader, file_name, is_file_name, read_checkpoint
 
 from .layouts import Layouts
 from .problems import refuse

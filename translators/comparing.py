@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tensorpar.sharded_format import file_name
-from tensorpar.sharded_reading import damaged, opened_sharded
+from tensorpar.files.sharded_format import file_name
+from tensorpar.files.sharded_reading import damaged, opened_sharded
 
 from .assembly import Tensor
 from .stored import blocks, carried

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tensorpar.files.sharded_format import is_file_name
+from tensorpar.files.whole_folder import whole_folder
 from tensorpar.recognition import LayoutName
-from tensorpar.sharded_format import is_file_name
-from tensorpar.whole_folder import whole_folder
 
 from .assembly import Target, Tensor, tensors_of
 from .checkpoint import Checkpoint, opened_checkpoint

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tensorpar.safetensors_header import TensorSpec
-from tensorpar.sharded_format import RankHeader, slice_of
+from tensorpar.files.safetensors_header import TensorSpec
+from tensorpar.files.sharded_format import RankHeader, slice_of
 
 from .assembly import Place, Target, Tensor
 from .layouts import Layouts

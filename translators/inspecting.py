@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorpar.safetensors_header import TensorSpec
+from tensorpar.files.safetensors_header import TensorSpec
 
 from .checkpoint import Checkpoint
 

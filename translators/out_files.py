@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch.serialization import skip_data
 
-from tensorpar.positioned import write_from
-from tensorpar.safetensors_header import TensorSpec, decode, encode
-from tensorpar.sharded_format import RankHeader, digest, file_name, header_bytes
+from tensorpar.files.positioned import write_from
+from tensorpar.files.safetensors_header import TensorSpec, decode, encode
+from tensorpar.files.sharded_format import RankHeader, digest, file_name, header_bytes
 
 from .tensors import MARKERS
 

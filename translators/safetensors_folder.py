@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tensorpar.reading import open_sources
+from tensorpar.files.reading import open_sources
 
-#: a tensor on disk (`tensorpar.reading.Source`) or, after a user's own translation, in memory.
+#: a tensor on disk (`tensorpar.files.reading.Source`), or in memory after a user's translation.
 Source = Any
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"

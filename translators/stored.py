@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from tensorpar.positioned import bytes_of, read_into
-from tensorpar.safetensors_header import TensorSpec
+from tensorpar.files.positioned import bytes_of, read_into
+from tensorpar.files.safetensors_header import TensorSpec
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

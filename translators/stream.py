@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from tensorpar.positioned import bytes_of, write_from
-from tensorpar.safetensors_header import TensorSpec
+from tensorpar.files.positioned import bytes_of, write_from
+from tensorpar.files.safetensors_header import TensorSpec
 
 from .assembly import Place, Tensor
 from .destination import Destination, Write

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import tensorpar
-from tensorpar.reading import counting
+from tensorpar.files.reading import counting
 from tests.conformance.families import build
 from tests.conformance.gpt2 import Tensors, detached, weights_of
 

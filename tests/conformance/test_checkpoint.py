@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tensorpar
-from tensorpar import checksummed
+from tensorpar.checkpoint import checksummed
 from tests.conformance.families import BEHIND_FLOAT32, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,

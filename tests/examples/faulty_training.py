@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import tensorpar
-from tensorpar import checkpoint_folder
+from tensorpar.checkpoint.checksummed import Checksummed
 
 STEPS = 6
 
@@ -58,13 +58,13 @@ def strike_if(now: bool, folder: Path) -> None:
 
 def strike_while_saving(folder: Path) -> None:
     """Kill rank 1 in its first write of the next checkpoint."""
-    write = checkpoint_folder.Checksummed.transform_to
+    write = Checksummed.transform_to
 
-    def struck(self: checkpoint_folder.Checksummed, output: object) -> object:
+    def struck(self: Checksummed, output: object) -> object:
         strike_if(True, folder)
         return write(self, output)
 
-    checkpoint_folder.Checksummed.transform_to = struck
+    Checksummed.transform_to = struck
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from tensorpar.safetensors_header import DTYPES, TensorSpec, decode, encode
-from tensorpar.sharded_format import file_name, read_checkpoint
-from tensorpar.sharded_reading import damaged, opened_sharded
+from tensorpar.files.safetensors_header import DTYPES, TensorSpec, decode, encode
+from tensorpar.files.sharded_format import file_name, read_checkpoint
+from tensorpar.files.sharded_reading import damaged, opened_sharded
 from tensorpar.translators import (
     from_hf,
     hf_to_smdistributed,

@@ -15,9 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {
         "bound",
-        "checksummed",
         "config",
-        "disk",
         "hf_compat",
         "options",
         "partition",
@@ -25,16 +23,12 @@ FLOORS = [
         "problems",
         "promise",
         "random",
-        "reading",
         "rendezvous",
     },
-    {"safetensors_header", "positioned", "whole_folder", "together", "replacing"},
-    {"sharded_format"},
-    {"sharded_reading"},
+    {"files", "together"},
     {"mesh", "parameters", "empty_shards", "styles", "moments"},
     {"collectives", "ranks", "registry", "gathering", "collecting"},
-    {"region", "agreement", "own_batches", "replace", "reproducible", "checkpoint_folder"}
-    | {"training_state"},
+    {"region", "agreement", "own_batches", "replace", "reproducible"},
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "delayed", "families", "recognition"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorpar import replacing
+from tensorpar.files import replacing
 
 #: writes a second save and dies at the n-th step that changes what is on the disk.
 CHILD = """
@@ -23,8 +23,8 @@ def module(name, file):  # tensorpar itself would import torch, for seconds
     sys.modules[name] = found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
-module("tensorpar.disk", Path(source).with_name("disk.py"))
-replacing = module("tensorpar.replacing", source)
+module("tensorpar.files.disk", Path(source).with_name("disk.py"))
+replacing = module("tensorpar.files.replacing", source)
 steps = 0
 def deadly(call):
     def step(*args, **kwargs):

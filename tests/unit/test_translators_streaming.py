@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tensorpar.safetensors_header import TensorSpec
+from tensorpar.files.safetensors_header import TensorSpec
 from tensorpar.translators.assembly import Place, Tensor, tensors_of
 from tensorpar.translators.checkpoint import opened_checkpoint
 from tensorpar.translators.command import main

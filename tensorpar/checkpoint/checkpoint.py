@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tensorpar import ranks
-from tensorpar.checkpoint_folder import CheckpointFolder
+from tensorpar.checkpoint.folder import CheckpointFolder
+from tensorpar.checkpoint.state import COMMON, PACKAGES, Stateful, TrainingState, unpacked
 from tensorpar.gathering import TIMEOUT
 from tensorpar.model import DistributedModel
 from tensorpar.rendezvous import rendezvous
 from tensorpar.together import on_all_ranks
-from tensorpar.training_state import COMMON, PACKAGES, Stateful, TrainingState, unpacked
 
 logger = logging.getLogger(__name__)
 

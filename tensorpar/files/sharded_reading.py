@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from tensorpar.positioned import bytes_of, read_into
-from tensorpar.sharded_format import RankHeader, Slice, file_name, read_checkpoint
+from tensorpar.files.positioned import bytes_of, read_into
+from tensorpar.files.sharded_format import RankHeader, Slice, file_name, read_checkpoint
 
 #: half-open ranges of indices, one per dim.
 Box = tuple[tuple[int, int], ...]

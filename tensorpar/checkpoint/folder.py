@@ -18,8 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms
 
-from tensorpar.checksummed import Checksummed, registry
-from tensorpar.disk import sync
+from tensorpar.checkpoint.checksummed import Checksummed, registry
+from tensorpar.files.disk import sync
 
 _NAME = re.compile(r"step-(\d+)")
 _COMPLETE, _METADATA = "complete.json", ".metadata"

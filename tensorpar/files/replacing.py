@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensorpar.disk import exchange_names, lives, sync
+from tensorpar.files.disk import exchange_names, lives, sync
 
 _FILES, _MARKER = "files", "exchange.json"
 #: files up to this size are compared, to leave one that would not change.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensorpar.disk import exchange_names, lives, sync
+from tensorpar.files.disk import exchange_names, lives, sync
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tensorpar.files.safetensors_header import Header, TensorSpec, decode, encode, read_header_bytes
 from tensorpar.partition import chunk_bounds
-from tensorpar.safetensors_header import Header, TensorSpec, decode, encode, read_header_bytes
 
 FORMAT, VERSION, LAYOUT = "tensorpar", "1", "tensorpar"
 _FILE_NAME = re.compile(r"tensorpar-(\d{5})-of-(\d{5})\.safetensors")
