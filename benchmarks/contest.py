@@ -44,15 +44,12 @@ class Seat:
         torch.set_num_threads(self.threads)
         if self.num_ranks == 1:
             return
-        import tensorpar
-
         torch.distributed.init_process_group(
             "gloo",
             init_method=f"file://{self.rendezvous}",
             rank=self.rank,
             world_size=self.num_ranks,
         )
-        tensorpar.init(tensor_parallel_degree=self.num_ranks, device_type="cpu")
 
 
 #: sets up one process and returns what it does at each turn; the result is rank 0's.
@@ -67,11 +64,15 @@ class Contestant:
         ranks: how many processes.
         threads: cores that they may use together.
         folder: where they meet.
+
+    Attributes:
+        cpu_seconds: that all ranks together took, by turn.
     """
 
     def __init__(self, work: Work, ranks: int, threads: int, folder: str) -> None:
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
+        self.cpu_seconds: list[float] = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
             seat = Seat(rank, ranks, threads // ranks, f"{folder}/{id(self)}")
@@ -96,7 +97,9 @@ class Contestant:
         for pipe in self.pipes:
             pipe.send(True)
         results = [pipe.recv() for pipe in self.pipes]
-        return time.perf_counter() - start, results[0]
+        seconds = time.perf_counter() - start
+        self.cpu_seconds.append(sum(cpu for _, cpu in results))
+        return seconds, results[0][0]
 
 
 def _serve(pipe: Any, work: Work, seat: Seat) -> None:
@@ -104,7 +107,9 @@ def _serve(pipe: Any, work: Work, seat: Seat) -> None:
     turn = work(seat)
     pipe.send(None)
     while pipe.recv():
-        pipe.send(turn())
+        start = time.process_time()
+        result = turn()
+        pipe.send((result, time.process_time() - start))
 
 
 def alternate(
