@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from chart import bars
-from contest import Contestant, Seat, alternate, ratio, record
+from contest import Contestant, Seat, alternate, present, ratio, record
 from models import Shape
-from systems import SYSTEMS, why_not
+from systems import GENERATING, SYSTEMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
@@ -51,18 +51,15 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
 
-        def enter(work: Callable[[Seat], Any], ranks: int, threads: int) -> Contestant:
-            return stack.enter_context(Contestant(work, ranks, threads, folder))
+        def way(work: Callable[[Seat], Any], ranks: int, threads: int) -> Callable[[], Contestant]:
+            return partial(Contestant, work, ranks, threads, folder)
 
-        contestants = {ONE_CORE: enter(partial(decode, "one process", shape, args.tokens), 1, 1)}
+        ways = {ONE_CORE: way(partial(decode, "one process", shape, args.tokens), 1, 1)}
         for name in args.systems:
-            if reason := why_not(name, shape):
-                print(f"{name}: not shown, {reason}")
-                continue
             ranks = 1 if name == "one process" else args.tp
-            work = partial(decode, name, shape, args.tokens)
-            contestants[name] = enter(work, ranks, args.tp)
-        waits = enter(partial(latency, shape), args.tp, args.tp)
+            ways[name] = way(partial(decode, name, shape, args.tokens), ranks, args.tp)
+        contestants = present(stack, ways)
+        waits = stack.enter_context(way(partial(latency, shape), args.tp, args.tp)())
         times, results = alternate({**contestants, "latency": waits}, args.warmup, args.pairs)
     require_same_tokens({name: results[name] for name in contestants})
     collectives = results["tensorpar"][0][1] / args.tokens
@@ -90,7 +87,7 @@ def decode(
     system: str, shape: Shape, num_tokens: int, seat: Seat
 ) -> Callable[[], tuple[list[list[int]], int]]:
     """What a contestant generates, and how many collectives it called."""
-    made = SYSTEMS[system](shape, seat)
+    made = GENERATING[system](shape, seat)
     model = getattr(made.model, "module", made.model).eval()
     generator = torch.Generator().manual_seed(2)
     prompt = torch.randint(1, shape.vocabulary, (shape.batch, PROMPT), generator=generator)

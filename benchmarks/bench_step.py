@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 from chart import bars
-from contest import Contestant, alternate, ratio, record, require_equal
+from contest import Contestant, alternate, present, ratio, record, require_equal
 from models import FAMILIES, Shape
-from systems import SYSTEMS, forward_only, training_step, why_not
+from systems import SYSTEMS, forward_only, training_step
 
 #: dropout draws other masks on other systems, so their losses only resemble each other.
 MAX_LOSS_DIFFERENCE, MAX_DROPOUT_DIFFERENCE = 1e-3, 1.0
@@ -59,15 +59,17 @@ def measured(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each contestant."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        contestants = {}
-        for name in args.systems:
-            if reason := why_not(name, shape):
-                print(f"{name}: not shown, {reason}")
-                continue
-            ranks = 1 if name == "one process" else args.tp
-            work = partial(WORK[args.what], name, shape)
-            contestant = Contestant(work, ranks, args.threads, folder)
-            contestants[name] = stack.enter_context(contestant)
+        ways = {
+            name: partial(
+                Contestant,
+                partial(WORK[args.what], name, shape),
+                1 if name == "one process" else args.tp,
+                args.threads,
+                folder,
+            )
+            for name in args.systems
+        }
+        contestants = present(stack, ways)
         times, losses = alternate(contestants, args.warmup, args.pairs)
         cpu = {name: one.cpu_seconds[args.warmup :] for name, one in contestants.items()}
     require_equal(losses, MAX_DROPOUT_DIFFERENCE if shape.dropout else MAX_LOSS_DIFFERENCE)

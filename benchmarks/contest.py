@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,10 @@ class Seat:
 Work = Callable[[Seat], Callable[[], Any]]
 
 
+class AbsentError(Exception):
+    """A contestant that cannot take part."""
+
+
 class Contestant:
     """Processes that do one work; a context manager.
 
@@ -82,8 +87,16 @@ class Contestant:
             self.processes.append(process)
 
     def __enter__(self) -> Contestant:
-        for pipe in self.pipes:
-            pipe.recv()
+        try:
+            reasons = {pipe.recv() for pipe in self.pipes} - {None}
+        except EOFError:
+            for process in self.processes:
+                process.join(timeout=5)
+            reasons = {f"it died, exit codes {[process.exitcode for process in self.processes]}"}
+        if reasons:
+            for process in self.processes:
+                process.kill()
+            raise AbsentError("; ".join(sorted(reasons)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,12 +117,29 @@ class Contestant:
 
 def _serve(pipe: Any, work: Work, seat: Seat) -> None:
     seat.take()
-    turn = work(seat)
+    try:
+        turn = work(seat)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        raise
     pipe.send(None)
     while pipe.recv():
         start = time.process_time()
         result = turn()
         pipe.send((result, time.process_time() - start))
+
+
+def present(
+    stack: ExitStack, ways: Mapping[str, Callable[[], Contestant]]
+) -> dict[str, Contestant]:
+    """Those who can take part, entered; why the others cannot is printed."""
+    contestants = {}
+    for name, way in ways.items():
+        try:
+            contestants[name] = stack.enter_context(way())
+        except AbsentError as reason:
+            print(f"{name}: not shown, {reason}")
+    return contestants
 
 
 def alternate(

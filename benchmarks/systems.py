@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from contest import Seat
+from contest import AbsentError, Seat
 from models import Shape
 
 
@@ -58,9 +59,17 @@ def parallelize_module(shape: Shape, seat: Seat) -> Training:
     return made
 
 
+def parallelize_module_gathering(shape: Shape, seat: Seat) -> Training:
+    from peers import parallelize_module as peer
+
+    return _sharded_by(partial(peer.parallel, whole_logits=True), shape, seat)
+
+
 def deepspeed(shape: Shape, seat: Seat) -> Training:
     from peers import deepspeed_autotp as peer
 
+    if shape.family == "gpt2":
+        raise AbsentError("AutoTP does not shard Conv1D")
     model = shape.build()
     engine = peer.engine(model, peer.optimizer, shape.batch, seat.num_ranks)
     return Training(engine, engine.backward, engine.step)
@@ -74,19 +83,8 @@ SYSTEMS: dict[str, Callable[[Shape, Seat], Training]] = {
     "parallelize_module": parallelize_module,
     "DeepSpeed AutoTP": deepspeed,
 }
-
-
-def why_not(system: str, shape: Shape) -> str | None:
-    """The reason why a system cannot take part, if there is one."""
-    if system != "DeepSpeed AutoTP":
-        return None
-    from importlib.util import find_spec
-
-    from peers.deepspeed_autotp import UNABLE
-
-    if find_spec("deepspeed") is None:
-        return "deepspeed is not installed"
-    return UNABLE.get(shape.family)
+#: for generation, which looks at whole logits.
+GENERATING = {**SYSTEMS, "parallelize_module": parallelize_module_gathering}
 
 
 def _sharded_by(shard: Callable[..., None], shape: Shape, seat: Seat) -> Training:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-
-UNABLE = {"gpt2": "DeepSpeed's AutoTP refuses Conv1D models"}
 
 
 def engine(model: nn.Module, optimizer: Any, rows: int, ranks: int) -> Any:
@@ -33,6 +30,3 @@ def engine(model: nn.Module, optimizer: Any, rows: int, ranks: int) -> Any:
 def optimizer(parameters: Any) -> torch.optim.Optimizer:
     """AdamW as the other contestants have it."""
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-
-Step = Callable[[], float]

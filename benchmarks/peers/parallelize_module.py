@@ -14,10 +14,14 @@ from torch.distributed.tensor.parallel import (
 from peers.plans import Plan, divided, made_linear, tied
 
 
-def parallel(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
-    """Shard a model in place; its forward with labels runs within torch's `loss_parallel`."""
+def parallel(model: nn.Module, plan: Plan, mesh: DeviceMesh, whole_logits: bool = False) -> None:
+    """Shard a model in place.
+
+    With sharded logits, its forward with labels must run within torch's `loss_parallel`.
+    """
     made_linear(model, mesh.size())
-    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    layout = Replicate() if whole_logits else Shard(-1)
+    head = ColwiseParallel(output_layouts=layout, use_local_output=whole_logits)
     styles = {
         **{name: ColwiseParallel() for name in plan.column},
         **{name: RowwiseParallel() for name in plan.row},
