@@ -1,7 +1,9 @@
 """Hugging Face models made tensor parallel on stock PyTorch, and their checkpoints translated."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import tensorpar.families  # noqa: F401  (registers the tables)
-from tensorpar.checkpoint import PendingSave, Resumed, load_checkpoint, save_checkpoint
 from tensorpar.context import set_tensor_parallelism, tensor_parallelism
 from tensorpar.data_parallel import DataParallel
 from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
@@ -36,7 +38,16 @@ from tensorpar.registry import register, tp_register, tp_register_with_module, u
 from tensorpar.sharded_files import load_sharded, save_sharded
 from tensorpar.styles import Column, Row, VocabParallel
 
+if TYPE_CHECKING:
+    from tensorpar.checkpoint import PendingSave, Resumed, load_checkpoint, save_checkpoint
+
 __version__ = "0.1.0"
+
+#: where names are that would make `import tensorpar` slow: torch's checkpoints take as long to
+#: import as all else here together.
+_LATER = dict.fromkeys(
+    ("PendingSave", "Resumed", "load_checkpoint", "save_checkpoint"), "tensorpar.checkpoint"
+)
 
 __all__ = [
     "Column",
@@ -83,3 +94,9 @@ __all__ = [
     "tp_size",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'tensorpar' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
