@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.pool import Pools
+from tests.pool import Pool
 
 pytest_plugins = ["tests.features"]
 
@@ -21,8 +21,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Pools]:
+def ranks() -> Iterator[Pool]:
     """`ranks(n).run(fn, *args)` runs a top-level function on n ranks."""
-    pools = Pools()
-    yield pools
-    pools.close()
+    pool = Pool()
+    yield pool
+    pool.close()

@@ -19,7 +19,7 @@ from tensorpar.collectives import (
     scatter_region,
 )
 from tensorpar.partition import chunk_bounds, chunk_sizes
-from tests.pool import Pools
+from tests.pool import Pool
 
 Shape = tuple[int, ...]
 #: forward, whether its input and its output are the same on all ranks, and its conjugate.
@@ -80,7 +80,7 @@ def _inner(results: list[Any], a: str, b: str, *, common: bool) -> float:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("region", REGIONS)
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), data=st.data())
-def test_backward_is_the_transpose(ranks: Pools, region: str, size: int, shape: Shape, data: Any):
+def test_backward_is_the_transpose(ranks: Pool, region: str, size: int, shape: Shape, data: Any):
     """For any shape, dim and uneven chunk, <A x, y> == <x, A* y>, and twice backward is A again."""
     dim = data.draw(st.integers(0, len(shape) - 1))
     results = ranks(size).run(forward_and_backward, region, shape, dim)
