@@ -2,8 +2,9 @@
 # Python 3.11+ and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
-# while one file's ranks meet, another's reference is computed
-TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
+# while one file's ranks meet, another's reference is computed; in the order of the folders, which
+# ends with the shortest: xdist's own order ends with the files of one long test
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # what meets Transformers; the rest does not depend on its version
 OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformance/test_, \
 	families.py versions.py from_pretrained.py gpt2_init.py))
