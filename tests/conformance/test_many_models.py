@@ -24,7 +24,7 @@ from tests.families import FAMILIES, PLANS_ONLY
 
 CASES = {case.name: case for case in (*FAMILIES, *PLANS_ONLY)}
 #: how many lives each family's models have before and between the two counts.
-WARM_UP, LIVES = 3, 10
+WARM_UP, LIVES = 2, 6
 
 
 def subclass(base: type) -> type:
