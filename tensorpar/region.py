@@ -2,7 +2,8 @@
 
 A region opens at a module's door or at a column layer's output, and closes at the row layer that
 sums it up. Inside, ranks compute different things, so a replicated parameter used there (a norm on
-the heads, say) sees a part of its gradient on each rank: the parts are summed in backward.
+the heads, say) sees a part of its gradient on each rank: the parts are summed in backward. The same
+holds between regions while the sequence is split, where each rank sees some of the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tensorpar.collectives import copy_region
 from tensorpar.parameters import local, shard_dim
+from tensorpar.rows import current_rows
 
 _open: ContextVar[DeviceMesh | None] = ContextVar("parallel_region", default=None)
 
@@ -26,18 +28,20 @@ def open_region(mesh: DeviceMesh) -> None:
 
 
 def close_region() -> None:
-    """From here on, activations are the same on all ranks."""
+    """From here on, activations are the same on all ranks, or rows of one split sequence."""
     _open.set(None)
 
 
 def inside_region() -> bool:
-    """Whether activations belong to this rank alone."""
+    """Whether activations are computed from this rank's shards alone."""
     return _open.get() is not None
 
 
 def plain(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as a plain local tensor whose gradient is whole, wherever it is used."""
-    mesh = _open.get()
+    mesh, rows = _open.get(), current_rows()
+    if mesh is None and rows is not None:
+        mesh = rows.mesh
     if mesh is None or shard_dim(parameter) is not None:
         return local(parameter)
     return copy_region(local(parameter), mesh)
