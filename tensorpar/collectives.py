@@ -21,6 +21,7 @@ No function changes its input in place: callers and saved tensors may still read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,23 @@ class _Copy(torch.autograd.Function):
         return _Reduce.apply(grad, ctx.mesh), None
 
 
+class _CopyTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mesh: DeviceMesh, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.mesh = mesh
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        summed: dict[int, torch.Tensor] = {}
+        for dtype in dict.fromkeys(grad.dtype for grad in grads):
+            places = [place for place, grad in enumerate(grads) if grad.dtype == dtype]
+            flat = _Reduce.apply(torch.cat([grads[place].flatten() for place in places]), ctx.mesh)
+            parts = flat.split([grads[place].numel() for place in places])
+            summed |= zip(places, parts, strict=True)
+        return None, *(summed[place].view_as(grad) for place, grad in enumerate(grads))
+
+
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -143,6 +161,14 @@ class _ReduceScatter(torch.autograd.Function):
 def copy_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Enter a parallel region: the identity, whose backward sums the ranks' gradients."""
     return x if mesh.size() == 1 else _Copy.apply(x, mesh)
+
+
+def copy_together(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
+    """`copy_region` of several tensors, whose gradients are summed by one all-reduce."""
+    if mesh.size() == 1 or not tensors:
+        return tuple(tensors)
+    copies: tuple[torch.Tensor, ...] = _CopyTogether.apply(mesh, *tensors)
+    return copies
 
 
 def reduce_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

@@ -8,14 +8,17 @@ holds between regions while the sequence is split, where each rank sees some of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tensorpar.collectives import copy_region
+from tensorpar.collectives import copy_region, copy_together
 from tensorpar.parameters import local, shard_dim
 from tensorpar.rows import current_rows
 
@@ -39,12 +42,45 @@ def inside_region() -> bool:
 
 def plain(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as a plain local tensor whose gradient is whole, wherever it is used."""
+    if (copy := _copies.get().get(id(parameter))) is not None:
+        return copy
     mesh, rows = _open.get(), current_rows()
     if mesh is None and rows is not None:
         mesh = rows.mesh
     if mesh is None or shard_dim(parameter) is not None:
         return local(parameter)
     return copy_region(local(parameter), mesh)
+
+
+#: parameters by identity, with the copies whose gradients are summed together.
+_copies: ContextVar[Mapping[int, torch.Tensor]] = ContextVar("copies", default={})  # noqa: B039
+
+
+@contextmanager
+def summing_together(module: nn.Module) -> Iterator[None]:
+    """Within a module's forward on rows: its replicated parameters' gradients share an all-reduce.
+
+    What FSDP2 has not gathered yet, for a module inside that it was given by itself, is summed
+    where it is used.
+    """
+    rows = current_rows()
+    if rows is None or not torch.is_grad_enabled():
+        yield
+        return
+    shared = [
+        p
+        for p in module.parameters()
+        if isinstance(p, DTensor)
+        and p.requires_grad
+        and p.device_mesh.ndim == 1
+        and shard_dim(p) is None
+    ]
+    copies = copy_together([local(p) for p in shared], rows.mesh)
+    token = _copies.set({id(p): copy for p, copy in zip(shared, copies, strict=True)})
+    try:
+        yield
+    finally:
+        _copies.reset(token)
 
 
 _computing: ContextVar[bool] = ContextVar("computing", default=False)

@@ -8,7 +8,8 @@
 3. That doors and layers must do so is said by `tensorpar.rows`, which a block sets for as long as
    its forward runs. It travels as an argument of the forward, so that a block that is recomputed
    in backward, when the model's forward is long over, knows it too, in whatever thread.
-4. Replicated parameters that see rows only sum their gradients: see `tensorpar.region`.
+4. Replicated parameters that see rows only sum their gradients over ranks, those of a block by one
+   all-reduce: see `tensorpar.region`.
 5. Dropout on rows draws from each rank's own stream of random numbers, forked for that call.
 6. Rows are chunks as `Shard` cuts a dim: lengths need not divide, and a rank may have no row.
 7. Hidden states that Transformers records are rows, marked, and joined at the model's door.
@@ -30,7 +31,7 @@ from tensorpar.nn.linear import ColumnParallel
 from tensorpar.options import Options
 from tensorpar.parameters import mix_in
 from tensorpar.random import Fork
-from tensorpar.region import inside_region
+from tensorpar.region import inside_region, summing_together
 from tensorpar.registry import Plan, Replacement, Stream, find
 from tensorpar.rows import Rows, current_rows, splitting
 
@@ -129,7 +130,7 @@ class SplitBlock:
 
     def forward(self, *args: Any, tensorpar_rows: Rows | None = None, **kwargs: Any) -> Any:
         """The class's own forward."""
-        with splitting(tensorpar_rows):
+        with splitting(tensorpar_rows), summing_together(self):  # type: ignore[arg-type]
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if tensorpar_rows is not None:
             tensorpar_rows.mark(args[0])
@@ -143,7 +144,7 @@ class LastNorm:
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """The class's own forward, and the stream whole again."""
         door: StreamDoor = self.__dict__["_tensorpar_stream"]
-        with splitting(door.rows):
+        with splitting(door.rows), summing_together(self):  # type: ignore[arg-type]
             output: torch.Tensor = super().forward(stream)  # type: ignore[misc]
         return output if door.rows is None else door.rows.join(output)
 
