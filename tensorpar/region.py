@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def plain(parameter: torch.Tensor) -> torch.Tensor:
 
 
 #: parameters by identity, with the copies whose gradients are summed together.
-_copies: ContextVar[Mapping[int, torch.Tensor]] = ContextVar("copies", default={})  # noqa: B039
+_copies: ContextVar[Mapping[int, torch.Tensor]] = ContextVar("copies", default=MappingProxyType({}))
 
 
 @contextmanager
