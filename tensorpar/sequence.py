@@ -123,8 +123,10 @@ class SplitBlock:
         """The block, on the stream split or as it is."""
         door: StreamDoor = self.__dict__["_tensorpar_stream"]
         args, kwargs = door.arguments(self, args, kwargs)  # type: ignore[arg-type]
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if (rows := kwargs.get("tensorpar_rows")) is not None:
+        rows: Rows | None = kwargs.get("tensorpar_rows")
+        with splitting(rows):  # its hooks are to know, too
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if rows is not None:
             rows.mark(_first(output))  # it need not be what its forward has returned
         return output
 

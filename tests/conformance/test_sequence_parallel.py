@@ -73,7 +73,8 @@ def trained(family: str, parallel: bool, reentrant: bool | None = None) -> Tenso
 def require_alike(ours: Tensors, reference: Tensors) -> None:
     """Equal in float64; Transformers computes some losses in float32."""
     losses = {name for name in reference if name.endswith("/loss")}
-    for names, tolerance in ((losses, BEHIND_FLOAT32), (reference.keys() - losses, EXACT)):
+    scale = max(1.0, *(reference[name].abs().item() for name in losses))
+    for names, tolerance in ((losses, BEHIND_FLOAT32 * scale), (reference.keys() - losses, EXACT)):
         require_close(
             {name: x for name, x in ours.items() if (name in losses) == (names is losses)},
             {name: reference[name] for name in names},
@@ -158,7 +159,7 @@ def masks(family: str, reentrant: bool | None) -> Tensors:
 
             def note(_: nn.Module, __: Any, output: torch.Tensor, name: str = name) -> None:
                 if output.ndim == 3:
-                    found.setdefault(f"kept/{name}", output.detach() != 0)
+                    found.setdefault(f"kept/{name}", (output.detach() != 0).float())
 
             module.register_forward_hook(note)
     if reentrant is not None:
@@ -186,7 +187,7 @@ def test_dropout_on_rows(ranks, family):
     assert kept - in_blocks
     for name in kept:
         one, other = ours[name], theirs[name]
-        assert 0.6 < one.double().mean() < 0.8
+        assert 0.6 < one.mean() < 0.8
         # GPT-J drops terms of a sum, which have all positions
         is_split = name in in_blocks and family != "gptj"
         assert (one.shape[1], other.shape[1]) == ((5, 4) if is_split else (9, 9))
