@@ -60,7 +60,7 @@ class StreamDoor:
         owner.register_forward_hook(door.end, always_call=True)
         for place, block in enumerate(owner.get_submodule(stream.blocks).children()):
             mix_in(block, SplitBlock)
-            block.__dict__.update(_tensorpar_stream=door, _tensorpar_splits=place == 0)
+            block.__dict__.update(_tensorpar_stream=door, _tensorpar_is_first=place == 0)
             for module in block.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
                     module.register_forward_pre_hook(door.draw_own)
@@ -96,7 +96,7 @@ class StreamDoor:
             )
         if not self._splits:
             return args, kwargs
-        if block.__dict__["_tensorpar_splits"]:
+        if block.__dict__["_tensorpar_is_first"]:
             stream, *rest = args
             self.rows = Rows(self.mesh, stream.shape[1])
             args = self.rows.split(stream), *rest
