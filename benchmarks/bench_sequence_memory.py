@@ -94,9 +94,10 @@ def measured(shape: Shape) -> dict[str, int]:
     return saved
 
 
-def watched_forward(shape: Shape, split: bool, _: Seat) -> Callable[[], tuple[float, int]]:
+def watched_forward(shape: Shape, split: bool, seat: Seat) -> Callable[[], tuple[float, int]]:
     import tensorpar
 
+    tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
     with tensorpar.tensor_parallelism(sequence_parallel=split):
         model = shape.build()
     generator = torch.Generator().manual_seed(1)
