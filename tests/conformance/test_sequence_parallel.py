@@ -209,10 +209,13 @@ def refusals() -> list[str]:
         tensorpar.set_tensor_parallelism(model.h[1].mlp, False)
         tensorpar.parallelize(model, options=tensorpar.options.Options(sequence_parallel=True))
 
+    torn = build("gpt2", "GPT2LMHeadModel", parallel=True, **SPLIT)
+    torn.train(tensorpar.tp_rank() == 0)
     return [
         built("gpt2", "GPT2LMHeadModel", add_cross_attention=True),
         built("bert", "BertModel", chunk_size_feed_forward=3),
         refusal(in_one_block),
+        refusal(lambda: torn(**inputs("LM", labels=True))),
         refusal(
             lambda: tensorpar.options.Options(sequence_parallel=True, reproducible_dropout=True)
         ),
@@ -221,10 +224,11 @@ def refusals() -> list[str]:
 
 def test_what_cannot_be_combined(ranks):
     """Each is refused with its value, what is required, and what to do."""
-    for crossing, pieces, partial, draws in ranks(2).run(refusals):
+    for crossing, pieces, partial, modes, draws in ranks(2).run(refusals):
         assert "config.add_cross_attention = True, required: one sequence" in crossing
         assert "config.chunk_size_feed_forward = 3, required: one sequence" in pieces
         assert "GPT2MLP lies in a block" in partial
+        assert "model.training" in modes
         assert "reproducible_dropout = True, required: one of them" in draws
 
 
