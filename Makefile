@@ -39,6 +39,7 @@ features: .venv/test
 bench: .venv/examples
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
+	$(BIN)/python benchmarks/bench_sequence_memory.py
 
 # a virtual environment, its constraints: installs the extra that the target is named after; torch
 # first, since the exact version decides which build is taken

@@ -34,7 +34,7 @@ from tensorpar.ranks import (
     tp_rank,
     tp_size,
 )
-from tensorpar.registry import register, tp_register, tp_register_with_module, unregister
+from tensorpar.registry import Stream, register, tp_register, tp_register_with_module, unregister
 from tensorpar.sharded_files import load_sharded, save_sharded
 from tensorpar.styles import Column, Row, VocabParallel
 
@@ -57,6 +57,7 @@ __all__ = [
     "PendingSave",
     "Resumed",
     "Row",
+    "Stream",
     "VocabParallel",
     "barrier",
     "dp_mesh",

@@ -32,6 +32,7 @@ from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
+from tensorpar.rows import whole_again
 
 #: for how many forwards of a model the content of the batch is compared, not only its shape.
 CONTENT_STEPS = 10
@@ -154,6 +155,8 @@ class ModelDoor:
         """
         content = self._steps < CONTENT_STEPS or get_debug_level() == DebugLevel.DETAIL
         facts = argument_facts(given, content=content)
+        # both decide which collectives follow
+        facts["model.training"], facts["gradients"] = training, torch.is_grad_enabled()
         if content and training:
             facts["torch's random state"] = f"crc {checksum(torch.get_rng_state()):08x}"
         self._steps += 1
@@ -178,6 +181,7 @@ class ModelDoor:
         if hf_compat.is_model(model) and isinstance(output, dict):
             if self._records_attentions:
                 self._gather_attentions(model, output)
+                _join_hidden_states(output)
             if forward.is_outermost and not model.training:
                 _gather_logits(output)
         return output
@@ -195,6 +199,12 @@ class ModelDoor:
                     None if a is None else gather_region(a[:, :held], 1, heads, self.mesh)
                     for a in recorded
                 )
+
+
+def _join_hidden_states(output: dict[str, Any]) -> None:
+    """Hidden states that were recorded while the sequence was split become whole."""
+    if recorded := output.get("hidden_states"):
+        output["hidden_states"] = tuple(None if x is None else whole_again(x) for x in recorded)
 
 
 def _gather_logits(output: dict[str, Any]) -> None:

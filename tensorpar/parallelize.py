@@ -33,6 +33,7 @@ from tensorpar.replace import replace_children
 from tensorpar.reproducible import refuse_unknown_order
 from tensorpar.resizing import bind_resizing
 from tensorpar.saving import bind
+from tensorpar.sequence import StreamDoor, require_splittable
 
 
 def parallelize(
@@ -53,11 +54,13 @@ def parallelize(
     Raises:
         RuntimeError: before `init`.
         AttributeError: a plan names a class, child, attribute or argument that is not there.
-        ValueError: the ranks' models differ, a size does not fit its plan, or
-            `reproducible_dropout` is asked of an attention whose draws are not known.
+        ValueError: the ranks' models differ, a size does not fit its plan,
+            `reproducible_dropout` is asked of an attention whose draws are not known, or
+            `sequence_parallel` of a model whose sequence cannot be split.
     """
     mesh = mesh or tp_mesh()
     options = options or Options()
+    require_splittable(model, effective(model, options))
     _refuse_unknown_kernels(model, options, mesh)
     _require_same_model(model, mesh)
     for module in model.modules():
@@ -114,6 +117,9 @@ def _cut(model: nn.Module, mesh: DeviceMesh, options: Options, *, root: nn.Modul
     keeper.close()
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
+    for module, plan in plans.items():
+        if plan.stream is not None and chosen[module].sequence_parallel and mesh.size() > 1:
+            StreamDoor.hang(module, plan.stream, mesh)
     _hang_doors(root, chosen, mesh)
 
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 import tensorpar
 from tensorpar.collectives import (
     all_gather,
+    all_gather_region,
     all_reduce,
     copy_region,
     gather_region,
     reduce_region,
+    reduce_scatter_region,
     scatter_region,
 )
 from tensorpar.partition import chunk_bounds, chunk_sizes
@@ -28,6 +30,9 @@ REGIONS = {
     "reduce": (False, True, "copy"),
     "scatter": (True, False, "gather"),
     "gather": (False, True, "scatter"),
+    # whole on all ranks, but not for the same purpose on each
+    "all_gather": (False, False, "reduce_scatter"),
+    "reduce_scatter": (False, False, "all_gather"),
 }
 
 
@@ -37,9 +42,9 @@ def _apply(region: str, x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
         return copy_region(x, mesh)
     if region == "reduce":
         return reduce_region(x, mesh)
-    return (
-        scatter_region(x, dim, mesh) if region == "scatter" else gather_region(x, dim, size, mesh)
-    )
+    if region in ("scatter", "reduce_scatter"):
+        return (scatter_region if region == "scatter" else reduce_scatter_region)(x, dim, mesh)
+    return (gather_region if region == "gather" else all_gather_region)(x, dim, size, mesh)
 
 
 def _draw(seed: int, shape: Shape, *, common: bool) -> torch.Tensor:
@@ -52,7 +57,9 @@ def _shapes(region: str, shape: Shape, dim: int) -> tuple[Shape, Shape]:
     """This rank's shapes of the input and the output."""
     own = chunk_sizes(shape[dim], tensorpar.tp_size())[tensorpar.tp_rank()]
     chunk = (*shape[:dim], own, *shape[dim + 1 :])
-    return {"scatter": (shape, chunk), "gather": (chunk, shape)}.get(region, (shape, shape))
+    if "scatter" in region:
+        return shape, chunk
+    return (chunk, shape) if "gather" in region else (shape, shape)
 
 
 def forward_and_backward(region: str, shape: Shape, dim: int) -> dict[str, torch.Tensor]:
