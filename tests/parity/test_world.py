@@ -178,7 +178,7 @@ def restartable(max_restarts: str, shares_store: str) -> str:
         for name, value in environment.items():
             patch.setenv(name, value)
         # where nothing is refused, the launcher's address is asked for, and there is none
-        with pytest.raises(ValueError, match="MASTER_ADDR|required") as told:
+        with pytest.raises(ValueError, match=r"MASTER_ADDR|required") as told:
             tensorpar.init()
     assert not dist.is_initialized()
     return str(told.value)
