@@ -11,6 +11,7 @@ FOLDER/final. Each FAULT strikes once, when those before it have; FOLDER remembe
     flip      a bit of the newest checkpoint is flipped when the run starts again
     truncate  a file of the newest checkpoint is cut when the run starts again
     disk      the last rank's disk is full during a save
+    agent     after the last step torchrun is killed, its ranks are left alone
     node      after the last step the first node, torchrun and ranks, is gone
 """
 
@@ -38,7 +39,7 @@ from tests.small_disk import small_disk_in
 STEPS = 4
 TIMEOUT = timedelta(seconds=20)
 #: how many steps have been taken when a fault strikes.
-AT = {"step": 2, "save": 2, "disk": 2, "node": STEPS}
+AT = {"step": 2, "save": 2, "disk": 2, "agent": STEPS, "node": STEPS}
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def train(folder: Path, faults: Faults) -> None:
         note(folder, step=step, loss=one_step(parts, step, faults))
         save(place, step + 1, parts, faults)
     inner.save_pretrained(folder / "final")
-    if faults.is_next("node", STEPS):
+    if faults.is_next("agent", STEPS) or faults.is_next("node", STEPS):
         end_the_first_node(faults)
         one_step(parts, STEPS, faults)
+        save(place, STEPS + 1, parts, faults)
 
 
 def one_step(parts: dict[str, Any], step: int, faults: Faults) -> float:
@@ -150,11 +152,14 @@ def end_this_process(faults: Faults, name: str) -> None:
 
 
 def end_the_first_node(faults: Faults) -> None:
-    """Its torchrun first, which would otherwise tell the others; returns on other nodes."""
-    if node() == 0:
-        if tensorpar.local_rank() == 0:
-            os.kill(os.getppid(), signal.SIGKILL)
-        end_this_process(faults, "node")
+    """Its torchrun first, which would otherwise tell the others; those that are left return."""
+    torchrun, everything = os.getppid(), faults.is_next("node", STEPS)
+    tensorpar.barrier()
+    if node() == 0 and tensorpar.local_rank() == 0:
+        faults.note("node" if everything else "agent")
+        os.kill(torchrun, signal.SIGKILL)
+    if node() == 0 and everything:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def node() -> int:
