@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     _CHECKPOINT_PREFIX,
@@ -16,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
+import tensorpar
 from tensorpar.parameters import local
 from tests.conformance.families import CASES, build, inputs
 from tests.conformance.gpt2 import Tensors, require_equal_ranks
@@ -113,3 +115,39 @@ def test_recomputed_activations(ranks, family, size, implementation):
         assert not torch.equal(plain["loss"], other["loss"]), "nothing was dropped"
         require_equal_ranks([plain, *recomputed])
     assert len({result[0]["loss"].item() for result in results}) == 1
+
+
+def saved(folder: str) -> list[dict[str, Any]]:
+    """What a model says of itself and of its optimizer after a step, without wrappers and with."""
+    found = []
+    for wrapped in (False, True):
+        model = build("gpt2", "GPT2LMHeadModel", parallel=True).train()
+        if wrapped:
+            by_torch(model, False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model(**inputs("GPT2LMHeadModel", labels=True)).loss.backward()
+        optimizer.step()
+        model.save_pretrained(f"{folder}/{wrapped}")
+        file = load_file(f"{folder}/{wrapped}/model.safetensors")
+        moments = tensorpar.optimizer_state_dict(model, optimizer)
+        tensorpar.load_optimizer_state_dict(model, optimizer, moments)
+        other = build("gpt2", "GPT2LMHeadModel", parallel=True, seed=1)
+        if wrapped:
+            by_torch(other, False)
+        loaded = tensorpar.DistributedModel(other)
+        loaded.load_state_dict(file)
+        full = loaded.state_dict()
+        states = {
+            f"{place} {kind}": value
+            for place, state in moments["state"].items()
+            for kind, value in state.items()
+        }
+        found.append({"file": file, "moments": states, "loaded": full})
+    return found
+
+
+def test_wrapped_models_are_saved_as_if_they_were_not(ranks, tmp_path):
+    """torch's wrapper is a part of paths, but of no name and no layout in what is saved."""
+    for plain, wrapped in ranks(2).run(saved, str(tmp_path)):
+        for kind in ("file", "moments", "loaded"):
+            require_equal_ranks([plain[kind], wrapped[kind]])

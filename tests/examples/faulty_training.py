@@ -7,6 +7,7 @@ It resumes from the newest checkpoint, as any script should, and writes its weig
 FOLDER/final. Each FAULT strikes once, when those before it have; FOLDER remembers which have.
 
     step      the last rank is killed between forward and backward
+    stop      the last rank stops answering, at the same place
     save      the last rank is killed while it writes a checkpoint
     flip      a bit of the newest checkpoint is flipped when the run starts again
     truncate  a file of the newest checkpoint is cut when the run starts again
@@ -39,7 +40,7 @@ from tests.small_disk import small_disk_in
 STEPS = 4
 TIMEOUT = timedelta(seconds=20)
 #: how many steps have been taken when a fault strikes.
-AT = {"step": 2, "save": 2, "disk": 2, "agent": STEPS, "node": STEPS}
+AT = {"step": 2, "stop": 2, "save": 2, "disk": 2, "agent": STEPS, "node": STEPS}
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def one_step(parts: dict[str, Any], step: int, faults: Faults) -> float:
     loss = parts["model"](input_ids=rows, labels=rows).loss
     if faults.is_next("step", step) and is_last():
         end_this_process(faults, "step")
+    if faults.is_next("stop", step) and is_last():
+        end_this_process(faults, "stop", signal.SIGSTOP)
     loss.backward()
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
@@ -146,9 +149,9 @@ def damage(faults: Faults) -> None:
     files[-1].write_bytes(content)
 
 
-def end_this_process(faults: Faults, name: str) -> None:
+def end_this_process(faults: Faults, name: str, by: signal.Signals = signal.SIGKILL) -> None:
     faults.note(name)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), by)
 
 
 def end_the_first_node(faults: Faults) -> None:
