@@ -27,6 +27,8 @@ def with_dropout(family: str, implementation: str) -> Any:
     """A parallel model that drops one in five, of attention weights and of everything else."""
     model = build(family, CASES[family].model, parallel=True).train()
     model.set_attn_implementation(implementation)
+    # recomputed blocks would fill a cache twice, and keys lie in memory otherwise than without one
+    model.config.use_cache = False
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.p = 0.2
@@ -44,7 +46,6 @@ def by_transformers(model: Any, reentrant: bool) -> None:
 
 def by_torch(model: Any, reentrant: bool) -> None:
     """Block by block, with torch's wrapper."""
-    model.config.use_cache = False  # recomputed blocks would fill a cache twice
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     blocks = list(next(lists))
     apply_activation_checkpointing(
@@ -121,11 +122,11 @@ def saved(folder: str) -> list[dict[str, Any]]:
     """What a model says of itself and of its optimizer after a step, without wrappers and with."""
     found = []
     for wrapped in (False, True):
-        model = build("gpt2", "GPT2LMHeadModel", parallel=True).train()
+        model = with_dropout("gpt2", "sdpa")
         if wrapped:
             by_torch(model, False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        model(**inputs("GPT2LMHeadModel", labels=True)).loss.backward()
+        step(model, "gpt2", 5)
         optimizer.step()
         model.save_pretrained(f"{folder}/{wrapped}")
         file = load_file(f"{folder}/{wrapped}/model.safetensors")
