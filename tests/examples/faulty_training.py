@@ -64,7 +64,13 @@ def build(*, parallel: bool) -> Any:
     """The same model in torch's default dtype, whichever way it is run."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=1, n_embd=40, n_head=5, n_positions=16, vocab_size=97, bos_token_id=0
+        n_layer=1,
+        n_embd=40,
+        n_head=5,
+        n_positions=16,
+        vocab_size=97,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         setattr(config, dropout, 0.0)
@@ -114,7 +120,7 @@ def one_step(parts: dict[str, Any], step: int, faults: Faults) -> float:
     loss.backward()
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
-    return float(loss)
+    return loss.item()
 
 
 def save(place: str, step: int, parts: dict[str, Any], faults: Faults) -> None:
