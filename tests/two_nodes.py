@@ -41,8 +41,8 @@ class Nodes:
     interface: str
     port: int
 
-    def torchrun(self, node: int, *arguments: str) -> subprocess.Popen[str]:
-        """Starts two ranks on a node, which wait for those of the other."""
+    def torchrun(self, node: int, output: Path, *arguments: str) -> subprocess.Popen[bytes]:
+        """Starts two ranks on a node, which wait for those of the other; their output is a file."""
         command = [
             *self.entrances[node],
             *[sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"],
@@ -51,14 +51,9 @@ class Nodes:
             *[f"--rdzv-conf=is_host={int(node == 0)},join_timeout=120"],
             *[f"--local-addr={self.addresses[node]}", *arguments],
         ]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": self.interface},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": self.interface}
+        with output.open("wb") as file:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from tensorpar.checkpoint import checksummed
 from tests.small_disk import small_disk_in
 
 STEPS = 4
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)
 #: how many steps have been taken when a fault strikes.
 AT = {"step": 2, "stop": 2, "save": 2, "disk": 2, "agent": STEPS, "node": STEPS}
 

@@ -52,12 +52,17 @@ class Disturbed:
 def disturbed(tmp_path_factory):
     """A run on two nodes: a rank is killed, all start again, in the end one node dies."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = ["--max-restarts=1", "--module", "tests.examples.faulty_training"]
+    files = [folder / f"node-{node}.txt" for node in range(2)]
+    arguments = ["--max-restarts=1", "--module", "tests.examples.faulty_training", str(folder)]
     with two_nodes() as nodes, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        runs = [nodes.torchrun(n, *arguments, str(folder), "step", "node") for n in range(2)]
-        output = [run.communicate(timeout=250)[0] for run in runs]
-    return Disturbed(nodes.kind, folder, [run.returncode for run in runs], output)
+        runs = [nodes.torchrun(n, files[n], *arguments, "step", "node") for n in range(2)]
+        try:
+            codes = [run.wait(timeout=250) for run in runs]
+        finally:
+            for run in runs:
+                run.kill()
+    return Disturbed(nodes.kind, folder, codes, [file.read_text() for file in files])
 
 
 def test_two_nodes_train_as_one_process(disturbed, record_property):
