@@ -12,7 +12,7 @@ OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformanc
 .PHONY: demo test test-newest test-oldest bench shards features lint types clean
 
 demo: .venv/examples
-	$(BIN)/python examples/train_gpt2.py --out out
+	$(BIN)/python examples/compare_gpt2.py --out out
 
 test: lint types test-newest test-oldest
 

@@ -7,16 +7,30 @@ No activation is one: a forward takes `local(parameter)` and calls plain kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tensorpar.partition import shard
+
+
+def stored_name(path: str) -> str:
+    """The name that `state_dict` has for a path: torch's checkpoint wrapper is not a part of it."""
+    return path.replace(_CHECKPOINT_PREFIX, "")
+
+
+def stored_parameters(
+    module: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters` under the names that `state_dict` has for them."""
+    for name, parameter in module.named_parameters(remove_duplicate=remove_duplicate):
+        yield stored_name(name), parameter
 
 
 def placement(dim: int | None) -> Placement:
