@@ -298,12 +298,6 @@ def stale_weights(variant: str | None) -> Callable[[str], bool]:
     return lambda file: name.fullmatch(file) is not None
 
 
-def records_attentions(model: Any, given: dict[str, Any]) -> bool:
-    """Whether this forward call asks for attention weights."""
-    asked = given.get("output_attentions")
-    return bool(model.config.output_attentions if asked is None else asked)
-
-
 def returns_dict(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this forward call asks for a `ModelOutput` rather than a tuple."""
     asked = kwargs.get("return_dict")

@@ -28,7 +28,6 @@ from tensorpar.collectives import gather_region
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
-from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
@@ -131,8 +130,6 @@ class ModelDoor:
             self._enter_outermost(model, given, forward.contexts)
         if given.get("labels") is not None:
             forward.contexts.enter_context(ShardedLoss())
-        if is_hf and hf_compat.records_attentions(model, given):
-            forward.contexts.enter_context(recording_attentions())
         return args, {**kwargs, "return_dict": True} if asks_for_dict else kwargs
 
     def _enter_outermost(
