@@ -18,6 +18,7 @@ import tensorpar
 from tests.conformance.families import BEHIND_FLOAT32, CASES, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,
+    checkpoint_activations,
     detached,
     gradients_of,
     refusal,
@@ -205,7 +206,7 @@ def with_dropout(family: str, checkpointing: bool) -> Tensors:
     model.add_module("unused", nn.Identity())
     if checkpointing:
         model.enable_input_require_grads()
-        model.get_base_model().activation_checkpointing_enable()
+        checkpoint_activations(model.get_base_model())
     torch.manual_seed(9)
     perturb_adapters(model)
     loss = model(**inputs(CASES[family].model, labels=True)).loss

@@ -9,13 +9,12 @@ from torch import nn
 from tests.conformance.families import BEHIND_FLOAT32, CASES, EXACT, IN_FLOAT32, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,
+    checkpoint_activations,
     detached,
     gradients_of,
     require_close,
     require_equal_ranks,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
 def checkpointed(family: str, attentions: bool) -> list[Tensors]:
@@ -35,8 +34,7 @@ def checkpointed(family: str, attentions: bool) -> list[Tensors]:
     found = []
     for reentrant in (None, False, True):
         if reentrant is not None:
-            options = {"use_reentrant": reentrant}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         model.zero_grad()
         torch.manual_seed(5)
         given = inputs(CASES[family].model, labels=True)

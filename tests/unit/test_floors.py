@@ -34,7 +34,7 @@ FLOORS = [
     {"doors", "model_doors", "delayed", "families", "recognition"},
     {"saving", "loading", "attention_choice", "adapter_files", "data_parallel"},
     {"narrowing"},
-    {"resizing", "lora"},
+    {"resizing", "lora", "given_tensors"},
     {"parallelize"},
     {"context", "model"},
     {"optimizer", "sharded_files", "checkpoint"},
