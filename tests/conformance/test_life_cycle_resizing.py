@@ -148,14 +148,19 @@ def resized_differently(what: str) -> str:
     rank = torch.distributed.get_rank()
     if what == "seed":
         torch.manual_seed(rank)
-    told = refusal(lambda: model.resize_token_embeddings(101 + (rank if what == "size" else 0)))
+    size, mean = 101 + rank * (what == "size"), bool(rank) or what != "mean"
+    told = refusal(lambda: model.resize_token_embeddings(size, mean_resizing=mean))
     assert model.lm_head.weight.shape[0] == 97
     return told
 
 
 @pytest.mark.parametrize(
     ("what", "told"),
-    [("size", "new_num_tokens = 101 on rank 0, 102 on rank 1"), ("seed", "torch's random state")],
+    [
+        ("size", "new_num_tokens = 101 on rank 0, 102 on rank 1"),
+        ("mean", "mean_resizing = False on rank 0, True on rank 1"),
+        ("seed", "torch's random state"),
+    ],
 )
 def test_ranks_must_resize_alike(ranks, what, told):
     """Other sizes or random states on some rank: one error on all, and nothing has changed."""
