@@ -121,7 +121,7 @@ class ModelDoor:
         forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
         self._forwards.append(forward)
         forward.contexts.callback(end_forward, begin_forward())
-        if is_hf and model._parameters:  # its class stays its own, so nothing is mixed in
+        if is_hf and model._parameters:  # no `LocalParameters`: a model's forward is left alone
             shelf = model._parameters
             model.__dict__["_parameters"] = plain_shelf(shelf)
             forward.contexts.callback(model.__dict__.__setitem__, "_parameters", shelf)

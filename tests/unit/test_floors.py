@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
     {
-        "bound",
         "config",
         "hf_compat",
         "options",
