@@ -28,7 +28,6 @@ from tensorpar.collectives import gather_region
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
-from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
@@ -123,7 +122,7 @@ class ModelDoor:
         forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
         self._forwards.append(forward)
         forward.contexts.callback(end_forward, begin_forward())
-        if is_hf and model._parameters:  # its class stays its own, so nothing is mixed in
+        if is_hf and model._parameters:  # no `LocalParameters`: a model's forward is left alone
             shelf = model._parameters
             model.__dict__["_parameters"] = plain_shelf(shelf)
             forward.contexts.callback(model.__dict__.__setitem__, "_parameters", shelf)
@@ -132,8 +131,6 @@ class ModelDoor:
             self._enter_outermost(model, given, forward.contexts)
         if given.get("labels") is not None:
             forward.contexts.enter_context(ShardedLoss())
-        if is_hf and hf_compat.records_attentions(model, given):
-            forward.contexts.enter_context(recording_attentions())
         return args, {**kwargs, "return_dict": True} if asks_for_dict else kwargs
 
     def _enter_outermost(

@@ -8,9 +8,8 @@ reproducible, the model's own maths runs; so it does after `model.set_attn_imple
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +18,6 @@ from torch import nn
 from tensorpar.reproducible import reproducing
 
 _recording: ContextVar[bool] = ContextVar("recording_attentions", default=False)
-
-
-@contextmanager
-def recording_attentions() -> Iterator[None]:
-    """Within: attention weights are wanted, so nothing is fused."""
-    token = _recording.set(True)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
 
 
 class FusedAttention:
@@ -46,6 +35,18 @@ class FusedAttention:
     training: bool
     is_scaled = True
     is_fused = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward, which fuses nothing where attention weights are wanted.
+
+        The argument tells, not what holds during the model's forward: that is over when a
+        checkpointed layer is recomputed.
+        """
+        token = _recording.set(bool(kwargs.get("output_attentions")))
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _recording.reset(token)
 
     def _attn(
         self,

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
     {
-        "bound",
         "config",
         "hf_compat",
         "options",
@@ -35,7 +34,7 @@ FLOORS = [
     {"doors", "model_doors", "sequence", "delayed", "families", "recognition"},
     {"saving", "loading", "attention_choice", "adapter_files", "data_parallel"},
     {"narrowing"},
-    {"resizing", "lora"},
+    {"resizing", "lora", "given_tensors"},
     {"parallelize"},
     {"context", "model"},
     {"optimizer", "sharded_files", "checkpoint"},
