@@ -36,8 +36,11 @@ shards: .venv/examples
 features: .venv/test
 	$(BIN)/python -m pytest --collect-only --quiet --features=README.md
 
-bench: .venv/examples
+bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_step.py --what forward
+	$(BIN)/python benchmarks/bench_decode.py
+	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
 	$(BIN)/python benchmarks/bench_sequence_memory.py
 
