@@ -71,11 +71,11 @@ def trained(family: str, parallel: bool, reentrant: bool | None = None) -> Tenso
     return found
 
 
-def require_alike(ours: Tensors, reference: Tensors) -> None:
+def require_alike(ours: Tensors, reference: Tensors, exact: float = EXACT) -> None:
     """Equal in float64; Transformers computes some losses in float32."""
     losses = {name for name in reference if name.endswith("/loss")}
     scale = max(1.0, *(reference[name].abs().item() for name in losses))
-    for names, tolerance in ((losses, BEHIND_FLOAT32 * scale), (reference.keys() - losses, EXACT)):
+    for names, tolerance in ((losses, BEHIND_FLOAT32 * scale), (reference.keys() - losses, exact)):
         require_close(
             {name: x for name, x in ours.items() if (name in losses) == (names is losses)},
             {name: reference[name] for name in names},
@@ -93,6 +93,11 @@ def test_a_training_step_of_one_process(ranks, family, size):
     require_alike(results[0], trained(family, False))
 
 
+def without_a_cache(family: str) -> float:
+    """Scores in float32 are rounded otherwise where no cache has laid out the keys."""
+    return 100 * BEHIND_FLOAT32 if family in IN_FLOAT32 else EXACT
+
+
 @pytest.mark.feature("sequence parallelism with gradient checkpointing")
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -100,7 +105,7 @@ def test_blocks_recomputed_in_backward(ranks, family, reentrant):
     """Recomputed blocks know how their sequence is split, when the model no longer runs."""
     results = ranks(2).run(trained, family, True, reentrant)
     require_equal_ranks(results)
-    require_alike(results[0], trained(family, False, reentrant))
+    require_alike(results[0], trained(family, False, reentrant), without_a_cache(family))
 
 
 def norms_and_collectives(family: str) -> tuple[dict[str, set[int]], dict[str, Counts]]:
@@ -155,7 +160,8 @@ def masks(family: str, reentrant: bool | None) -> Tensors:
     model = build(family, CASES[family].model, parallel=True, **SPLIT).train()
     found: Tensors = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout):
+        # a query whose only key is dropped would look like a mask of its own
+        if isinstance(module, nn.Dropout) and "attn_dropout" not in name:
             module.p = 0.3
 
             def note(_: nn.Module, __: Any, output: torch.Tensor, name: str = name) -> None:
@@ -177,11 +183,9 @@ def masks(family: str, reentrant: bool | None) -> Tensors:
 def test_dropout_on_rows(ranks, family):
     """Each rank draws for its own rows, all alike for what they share; recomputing draws again."""
     found = [ranks(2).run(masks, family, reentrant) for reentrant in (None, True, False)]
-    # scores in float32 are rounded otherwise without a cache, which recomputing does without
-    tolerance = 100 * BEHIND_FLOAT32 if family in IN_FLOAT32 else EXACT
     for results in found[1:]:
         for plain, again in zip(found[0], results, strict=True):
-            require_close(again, plain, tolerance)
+            require_close(again, plain, without_a_cache(family))
     ours, theirs = found[0]
     kept = {name for name in ours if name.startswith("kept")}
     assert len(kept) >= 2
