@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sequence", type=int, default=1024)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     args = vars(parser.parse_args())
     families = args.pop("families")
