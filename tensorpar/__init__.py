@@ -12,6 +12,7 @@ from tensorpar.optimizer import (
     optimizer_state_dict,
 )
 from tensorpar.parallelize import parallelize
+from tensorpar.preemption import preemption
 from tensorpar.ranks import (
     CommGroup,
     barrier,
@@ -66,6 +67,7 @@ __all__ = [
     "parallelize",
     "pp_rank",
     "pp_size",
+    "preemption",
     "rank",
     "rdp_rank",
     "rdp_size",

@@ -6,6 +6,7 @@ As `hf_compat` is for its models: a release that renames one is mended here. The
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ if missing := [name for name in _HOOKS if not hasattr(transformers.Trainer, name
     )
 
 
-class HookedTrainer(transformers.Trainer):  # type: ignore[misc]
+class HookedTrainer(transformers.Trainer):
     """A `Trainer` that asks its subclass to keep, restore and take back everything, on all ranks.
 
     Random states are part of everything; `Trainer` asks for them apart, later.
@@ -71,11 +72,22 @@ class HookedTrainer(transformers.Trainer):  # type: ignore[misc]
         if checkpoint is not None:
             self.restore_random_states()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: object) -> None:
         self.require(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self.restore_best(self.state.best_model_checkpoint)
+
+    def multiplies_wrongly(self) -> bool:
+        """Whether the loss is a mean over this rank's labels that would be taken for a share.
+
+        `Trainer` multiplies losses by the number of ranks, which is right for those that the model
+        has divided by the labels of all ranks. Many models ignore that number and take the mean.
+        """
+        divided = self.compute_loss_func is not None or self.label_smoother is not None
+        model = getattr(self.model, "get_base_model", lambda: self.model)()
+        forward = inspect.unwrap(type(model).forward)
+        return not divided and "loss_function" not in forward.__code__.co_names
 
     def tokenizers(self) -> Any:
         """What is saved beside the model: the processing class, or the collator's tokenizer."""

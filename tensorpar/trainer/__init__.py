@@ -9,6 +9,6 @@ if find_spec("accelerate") is None:
     raise ImportError("tensorpar.trainer needs accelerate; pip install 'tensorpar[trainer]'")
 
 from tensorpar.trainer.accelerator import Accelerator
-from tensorpar.trainer.trainer import Trainer
+from tensorpar.trainer.trainer import DamagedCheckpointError, Trainer
 
-__all__ = ["Accelerator", "Trainer"]
+__all__ = ["Accelerator", "DamagedCheckpointError", "Trainer"]

@@ -90,7 +90,7 @@ class Accelerator(accelerate.Accelerator):
     def prepare_model(
         self,
         model: nn.Module,
-        device_placement: bool | None = None,
+        device_placement: bool | None = None,  # noqa: ARG002  # it is where it belongs
         evaluation_mode: bool = False,
     ) -> nn.Module:
         """Autocast as accelerate does it, and nothing else.

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 
-class LeaveTogether(TrainerCallback):  # type: ignore[misc]
+class LeaveTogether(TrainerCallback):
     """Asks after every optimizer step whether the run must end; the last callback to be asked.
 
     Args:
@@ -19,7 +19,7 @@ class LeaveTogether(TrainerCallback):  # type: ignore[misc]
         self._preempted = preempted
         self.left = False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+    def on_step_end(self, args: Any, _state: Any, control: Any, **_: Any) -> Any:
         """Save now, evaluate nothing more, stop."""
         if self._preempted():
             self.left = True
@@ -28,7 +28,7 @@ class LeaveTogether(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
         return control
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+    def on_epoch_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> Any:
         """What an epoch's end asks for is not done again on the way out."""
         if self.left:
             control.should_save = control.should_evaluate = False

@@ -31,7 +31,7 @@ from tensorpar.trainer.leaving import LeaveTogether
 logger = logging.getLogger(__name__)
 
 
-class DamagedCheckpoint(RuntimeError):
+class DamagedCheckpointError(RuntimeError):
     """A checkpoint that cannot be resumed from; the model's values are undefined."""
 
 
@@ -76,6 +76,8 @@ class Trainer(HookedTrainer):
         if model is not None:
             model = self._made_ready(model)
         super().__init__(model, args, *rest, **kwargs)
+        if self.multiplies_wrongly():
+            self.args.average_tokens_across_devices = False
 
     def _made_ready(self, model: nn.Module) -> nn.Module:
         inner = model.get_module() if isinstance(model, DistributedModel) else model
@@ -122,7 +124,7 @@ class Trainer(HookedTrainer):
 
         Raises:
             ValueError: there is no such checkpoint, or it is not of this kind.
-            DamagedCheckpoint: the folder, or every one in `output_dir`, is damaged.
+            DamagedCheckpointError: the folder, or every one in `output_dir`, is damaged.
         """
         if resume_from_checkpoint is not True:
             return self._train(resume_from_checkpoint or None, **kwargs)
@@ -130,11 +132,13 @@ class Trainer(HookedTrainer):
         for folder in self._on_first_rank(lambda: checkpoints(self.args.output_dir)):
             try:
                 return self._train(folder, **kwargs)
-            except DamagedCheckpoint as error:
+            except DamagedCheckpointError as error:
                 logger.warning("%s; the one before it is taken", error)
                 told.append(str(error))
         if told:
-            raise DamagedCheckpoint(f"every checkpoint in {self.args.output_dir} is damaged: {told}")
+            raise DamagedCheckpointError(
+                f"every checkpoint in {self.args.output_dir} is damaged: {told}"
+            )
         raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
 
     def _train(self, folder: str | None, **kwargs: Any) -> Any:
@@ -171,16 +175,18 @@ class Trainer(HookedTrainer):
         """Raise on all ranks unless a folder has a whole checkpoint of ours, by its small files."""
         damage = self._on_first_rank(partial(_damage, folder))
         if damage is not None:
-            raise DamagedCheckpoint(f"checkpoint {folder} is damaged or half-written: {damage}")
+            raise DamagedCheckpointError(
+                f"checkpoint {folder} is damaged or half-written: {damage}"
+            )
 
     def restore(self, folder: str) -> None:
         """Read the sharded checkpoint, of whatever mesh; collective."""
         try:
             resumed = load_checkpoint(folder, **self._parts())
         except RuntimeError as error:
-            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error}") from error
+            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {error}") from error
         if resumed is None:
-            raise DamagedCheckpoint(f"checkpoint {folder} has no sharded checkpoint inside")
+            raise DamagedCheckpointError(f"checkpoint {folder} has no sharded checkpoint inside")
         self._random_states = random_states()
 
     def restore_random_states(self) -> None:
