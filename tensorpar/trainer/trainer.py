@@ -73,6 +73,8 @@ class Trainer(HookedTrainer):
         self._data_parallel = (
             DataParallel(data_parallel) if isinstance(data_parallel, str) else data_parallel
         )
+        if args is not None:
+            refuse_lonely_choices(args)
         if model is not None:
             model = self._made_ready(model)
         super().__init__(model, args, *rest, **kwargs)
@@ -96,7 +98,6 @@ class Trainer(HookedTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Transformers does, with an accelerator that counts data-parallel ranks."""
-        refuse_lonely_choices(self.args)
         super().create_accelerator_and_postprocess()
         Accelerator.become(self.accelerator)
         self.gather_function = partial(type(self.accelerator).gather_for_metrics, self.accelerator)
@@ -184,9 +185,9 @@ class Trainer(HookedTrainer):
         try:
             resumed = load_checkpoint(folder, **self._parts())
         except RuntimeError as error:
-            raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {error}") from error
+            raise DamagedCheckpointError(f"{folder} is damaged: {error}") from error
         if resumed is None:
-            raise DamagedCheckpointError(f"checkpoint {folder} has no sharded checkpoint inside")
+            raise DamagedCheckpointError(f"{folder} has no sharded checkpoint inside")
         self._random_states = random_states()
 
     def restore_random_states(self) -> None:

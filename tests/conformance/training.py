@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
-import tensorpar
 from tests.conformance.families import build
-from tests.conformance.gpt2 import Tensors, default_dtype, detached, weights_of
+from tests.conformance.gpt2 import Tensors, detached, weights_of
 
 #: how many rows one micro-batch has, over all data-parallel ranks.
 BATCH = 4
@@ -40,6 +40,7 @@ def announced() -> Iterator[None]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     values = {**dict(zip(names, (here[0], here[0], here[1], here[1]), strict=True))}
     before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.update({name: str(value) for name, value in values.items()}, OMP_NUM_THREADS="1")
     try:
         yield
@@ -111,13 +112,3 @@ def facts(trainer: Any) -> Tensors:
     }
     model = getattr(trainer.model, "module", trainer.model)
     return detached(found, "log") | detached(weights_of(model), "weight")
-
-
-def in_float64() -> Any:
-    """Within: sums of losses are kept in float64, too."""
-    return default_dtype(torch.float64)
-
-
-def data_ranks() -> int:
-    """How many ranks the data is dealt out to."""
-    return tensorpar.rdp_size()
