@@ -14,6 +14,7 @@ from tensorpar.optimizer import (
     optimizer_state_dict,
 )
 from tensorpar.parallelize import parallelize
+from tensorpar.preemption import preemption
 from tensorpar.ranks import (
     CommGroup,
     barrier,
@@ -78,6 +79,7 @@ __all__ = [
     "parallelize",
     "pp_rank",
     "pp_size",
+    "preemption",
     "rank",
     "rdp_rank",
     "rdp_size",

@@ -160,8 +160,9 @@ class ModelDoor:
         require_agreement(
             facts,
             self.mesh,
-            "tp ranks were fed different batches or seeded differently; shard data by dp_rank and "
-            "call torch.manual_seed alike on all tp ranks",
+            "tp ranks were fed different batches or seeded differently; shard data by dp_rank (as "
+            "Trainer and Accelerator of tensorpar.trainer do) and call torch.manual_seed alike on "
+            "all tp ranks",
         )
 
     def close(self, model: nn.Module, _args: object, output: Any) -> Any:

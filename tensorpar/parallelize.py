@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
+from tensorpar.foreign_shards import refuse_foreign_shards
 from tensorpar.loading import LOADED, Keeper, fact
 from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
@@ -154,6 +155,9 @@ def _hang_doors(
             ModelDoor.hang(
                 module, mesh, check_batches=own.check_batches, check_replicas_every=every
             )
+        if module is root and "_tensorpar_guarded" not in module.__dict__:
+            module.__dict__["_tensorpar_guarded"] = True
+            module.register_load_state_dict_pre_hook(refuse_foreign_shards)
         if hf_compat.is_model(module):
             bind(module)
             bind_resizing(module, root or module)

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {
         "config",
+        "foreign_shards",
         "hf_compat",
+        "hf_trainer",
         "options",
         "partition",
         "pattern",
@@ -28,7 +30,7 @@ FLOORS = [
     {"mesh", "parameters", "empty_shards", "styles", "moments"},
     {"collectives", "ranks", "registry", "gathering", "collecting"},
     {"rows"},
-    {"region", "agreement", "own_batches", "replace", "reproducible"},
+    {"preemption", "region", "agreement", "own_batches", "replace", "reproducible"},
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "sequence", "delayed", "families", "recognition"},
@@ -38,6 +40,7 @@ FLOORS = [
     {"parallelize"},
     {"context", "model"},
     {"optimizer", "sharded_files", "checkpoint"},
+    {"trainer"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors")}
