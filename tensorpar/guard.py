@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.agreement import differing
+from tensorpar.current import Current
 from tensorpar.parameters import local, shard_dim
 
 #: what to do about the first thing that differs, by its kind.
@@ -84,8 +84,8 @@ class Generation:
     tokens: Tensor | None = None
 
 
-_notes: ContextVar[Notes | None] = ContextVar("guard_notes", default=None)
-_generation: ContextVar[Generation | None] = ContextVar("guarded_generation", default=None)
+_notes: Current[Notes | None] = Current(None)
+_generation: Current[Generation | None] = Current(None)
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

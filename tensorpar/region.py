@@ -7,7 +7,6 @@ the heads, say) sees a part of its gradient on each rank: the parts are summed i
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.collectives import copy_region
+from tensorpar.current import Current
 from tensorpar.parameters import local, shard_dim
 
-_open: ContextVar[DeviceMesh | None] = ContextVar("parallel_region", default=None)
+_open: Current[DeviceMesh | None] = Current(None)
 
 
 def open_region(mesh: DeviceMesh) -> None:
@@ -43,15 +43,15 @@ def plain(parameter: torch.Tensor) -> torch.Tensor:
     return copy_region(local(parameter), mesh)
 
 
-_computing: ContextVar[bool] = ContextVar("computing", default=False)
+_computing = Current(False)
 
 
-def begin_forward() -> Token[bool]:
+def begin_forward() -> bool:
     """From here on replicated parameters read plain, from outside their module too."""
     return _computing.set(True)
 
 
-def end_forward(token: Token[bool]) -> None:
+def end_forward(token: bool) -> None:
     """Back to what was before `begin_forward`."""
     _computing.reset(token)
 

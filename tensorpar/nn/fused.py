@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tensorpar.current import Current
 from tensorpar.reproducible import reproducing
 
-_recording: ContextVar[bool] = ContextVar("recording_attentions", default=False)
+_recording = Current(False)
 
 
 @contextmanager
