@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.agreement import differing
+from tensorpar.compiling import runs_uncompiled
 from tensorpar.current import Current
 from tensorpar.parameters import local, shard_dim
 
@@ -107,7 +108,13 @@ def fingerprint(tensor: Tensor) -> Tensor:
 def note_activation(module: object, name: str, value: Tensor) -> None:
     """A replicated tensor enters a module; noted only while a forward is being checked."""
     notes = _notes.get()
-    if notes is not None and module in notes.paths:
+    if notes is not None:
+        _note_activation(notes, module, name, value)
+
+
+@runs_uncompiled
+def _note_activation(notes: Notes, module: object, name: str, value: Tensor) -> None:
+    if module in notes.paths:
         notes.add("activation", f"{name} entering {notes.paths[module] or 'the model'}", value)
 
 

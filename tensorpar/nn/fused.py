@@ -58,7 +58,8 @@ class FusedAttention:
 
         The mask is additive, or boolean with True for what is seen.
         """
-        if not self.is_fused:
+        # whether a query is hidden decides which maths runs, and a graph cannot wait for data
+        if not self.is_fused or torch.compiler.is_compiling():
             return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(torch.float32).min
