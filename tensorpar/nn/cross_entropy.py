@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tensorpar.collectives import all_reduce
-from tensorpar.compiling import runs_uncompiled, stays_uncompiled
+from tensorpar.compiling import leave_compiler
 from tensorpar.current import Current
 from tensorpar.parameters import shard_dim
 from tensorpar.partition import chunk_bounds
@@ -133,7 +133,6 @@ def _is_vocab_sharded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(logits, DTensor) and shard_dim(logits) in (1, logits.ndim - 1)
 
 
-@runs_uncompiled
 def _cross_entropy(
     input: DTensor,
     target: torch.Tensor,
@@ -201,7 +200,6 @@ def loss_on_shards() -> bool:
     loss = _active_loss.get()
     if loss is None:
         return False
-    # the compiler has its own idea of `CrossEntropyLoss`, which asks no mode
-    stays_uncompiled("the loss of sharded logits")
+    leave_compiler()  # its idea of `CrossEntropyLoss` asks no mode
     loss.answer_cross_entropy()
     return True

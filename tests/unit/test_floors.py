@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     {
         "bound",
+        "compiling",
         "config",
+        "current",
         "hf_compat",
         "options",
         "partition",
@@ -40,7 +42,7 @@ FLOORS = [
     {"optimizer", "sharded_files", "checkpoint"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
-STAIRS = {("mesh", "config"), ("saving", "model_doors")}
+STAIRS = {("mesh", "config"), ("saving", "model_doors"), ("random", "compiling")}
 #: what may import the translators, and only while a function runs.
 DOORS_TO_TRANSLATORS = {"model.py", "loading.py", "recognition.py", "nn/huggingface"}
 
