@@ -100,7 +100,9 @@ def built(wanted: Wanted) -> nn.Module:
     finally:
         torch.set_default_dtype(before)
     if wanted.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # the older name of two, deprecated by the newer Transformers
+        older = "gradient_checkpointing_enable"
+        getattr(model, "activation_checkpointing_enable", getattr(model, older, None))()
     return model.train()
 
 
