@@ -25,8 +25,8 @@ from tensorpar.planning.wanted import Wanted
 _ATEN = torch.ops.aten
 #: torch knows the floating-point operations of the GPU's fused attention only.
 _FLOP_ON_CPU = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
-        sdpa_flop_count(q, k, v)
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
     ),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
         sdpa_backward_flop_count(grad, q, k, v)

@@ -20,7 +20,11 @@ def wanted(family: str, **changes: Any) -> Wanted:
     """A step of a tiny model, of float64 and with what does not divide."""
     head = MASKED.get(family, CAUSAL[family])
     return Wanted(
-        tiny_config(family, layers=2), head, batch=3, sequence=9, **{"dtype": torch.float64, **changes}
+        tiny_config(family, layers=2),
+        head,
+        batch=3,
+        sequence=9,
+        **{"dtype": torch.float64, **changes},
     )
 
 
@@ -35,9 +39,9 @@ def really(job: Wanted) -> Figures:
 
 
 def require_planned(job: Wanted, real: list[Figures]) -> None:
-    """The plan is, figure by figure, the rank that has most; the peak but for what python frees."""
+    """The plan is, figure by figure, the rank that has most; the peak but for garbage not yet collected."""
     plan = planned(job)
-    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.02)
+    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
     names = ("num_parameters", "parameters", "gradients", "optimizer", "activations", "flop")
     most = {name: max(getattr(one, name) for one in real) for name in names}
     assert {name: getattr(plan, name) for name in names} == most
