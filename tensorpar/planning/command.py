@@ -76,7 +76,8 @@ def _run(chosen: argparse.Namespace, num_bytes: Callable[[str], int]) -> int:
     if chosen.chart is not None:
         from tensorpar.planning.chart import draw
 
-        draw(plans, described(wanted), memory, chosen.chart)
+        title = described(wanted).replace(f", tp {wanted.tp}", "", 1)
+        draw(plans, title, memory, chosen.chart)
         print(f"drawn in {chosen.chart}")
     return 0
 
@@ -91,7 +92,7 @@ def _memory(text: str, num_bytes: Callable[[str], int]) -> int:
 def _wanted(chosen: argparse.Namespace) -> Any:
     import torch
 
-    from tensorpar.planning.wanted import Wanted, config_of, head_of
+    from tensorpar.planning.wanted import Wanted, config_of, head_of, num_positions
 
     config = config_of(chosen.model)
     return Wanted(
@@ -101,7 +102,7 @@ def _wanted(chosen: argparse.Namespace) -> Any:
         dp=chosen.dp,
         data_parallel=chosen.data_parallel,
         batch=chosen.batch,
-        sequence=chosen.sequence or getattr(config, "max_position_embeddings", 1024),
+        sequence=num_positions(config) if chosen.sequence is None else chosen.sequence,
         dtype=getattr(torch, chosen.dtype),
         optimizer=chosen.optimizer,
         gradient_checkpointing=chosen.gradient_checkpointing,

@@ -185,7 +185,7 @@ def _watched_resizing(tell: Callable[[torch.UntypedStorage], None]) -> Iterator[
         tell(storage)
         return result
 
-    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -10,7 +10,9 @@ hand, so that a reader can check one against the other. With
 
 | term | GPT-2 | GPT-J |
 |---|---|---|
-| parameters of a layer | `4hA + 3A + h` attention, `2hI + I + h` MLP, `4h` norms | `4hA` attention (no bias), `2hI + I + h` MLP, `2h` norm |
+| parameters of a layer's attention | `4hA + 3A + h` | `4hA`, without biases |
+| parameters of a layer's MLP | `2hI + I + h` | the same |
+| parameters of a layer's norms | `4h` | `2h` |
 | beyond layers | `c(V) h + P h + 2h` (head tied) | `2 c(V) h + c(V) + 2h` |
 | gradients | as parameters | |
 | moments of AdamW | twice the parameters and 4 bytes per tensor (its step) | |
@@ -117,7 +119,7 @@ class Sizes:
         )
 
     @property
-    def N(self) -> int:
+    def N(self) -> int:  # noqa: N802
         """Tokens."""
         return self.b * self.s
 

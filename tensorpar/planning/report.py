@@ -20,7 +20,7 @@ def lines(figures: Figures) -> Iterator[str]:
     yield f"{'per rank (the one that holds most)':38}{'bytes':>22}"
     for name, title in MEMORY.items():
         yield _row(title, getattr(figures, name))
-    yield _row("peak of a step, all of these and buffers", figures.peak)
+    yield _row("peak of a step", figures.peak)
     yield ""
     yield f"{'per rank and step':38}{'calls':>8}{'bytes':>24}"
     for kind, sent in figures.sent.items():
@@ -42,14 +42,14 @@ def degrees(plans: Mapping[int, Figures], memory: int) -> Iterator[str]:
         yield f"the smallest of these degrees that fits: {min(fitting)}"
     else:
         yield (
-            "none of these degrees fits; fewer rows, --gradient-checkpointing, a smaller --dtype or "
-            "--data-parallel fsdp with a larger --dp need less"
+            "none of these degrees fits; what needs less: fewer rows, --gradient-checkpointing, a "
+            "smaller --dtype, --data-parallel fsdp with a larger --dp"
         )
 
 
 def readable(num_bytes: float) -> str:
     """Decimal units: `1.53 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
+    for unit in ("B", "KB", "MB", "GB", "TB"):
         if num_bytes < 1000 or unit == "TB":
             break
         num_bytes /= 1000

@@ -100,9 +100,9 @@ def built(wanted: Wanted) -> nn.Module:
     finally:
         torch.set_default_dtype(before)
     if wanted.gradient_checkpointing:
-        # the older name of two, deprecated by the newer Transformers
-        older = "gradient_checkpointing_enable"
-        getattr(model, "activation_checkpointing_enable", getattr(model, older, None))()
+        # its name before Transformers called it so, and deprecated since
+        older = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", older)()
     return model.train()
 
 

@@ -1,4 +1,4 @@
-"""What is to be planned: a model, a mesh, a batch, an optimizer; checked before anything is built."""
+"""What is to be planned: a model, a mesh, a batch, an optimizer; checked before it is built."""
 
 from __future__ import annotations
 
@@ -60,11 +60,7 @@ class Wanted:
                 raise ValueError(f"{name} = {getattr(self, name)!r}, required: one of {known}")
         self._check_family()
         self._check_head()
-        positions = getattr(self.config, "max_position_embeddings", self.sequence)
-        # RoBERTa's positions begin after the padding token's
-        if self.config.model_type == "roberta":
-            positions -= self.config.pad_token_id + 1
-        if self.sequence > positions:
+        if self.sequence > (positions := num_positions(self.config)):
             raise ValueError(
                 f"sequence = {self.sequence}, required: at most the model's positions, {positions}"
             )
@@ -91,6 +87,12 @@ class Wanted:
                 f"model class = {self.head!r}, required: one that is fed rows of tokens; rows of "
                 "choices are not planned, their figures are those of batch x choices rows"
             )
+
+
+def num_positions(config: Any) -> int:
+    """The longest row that the model has positions for; RoBERTa's begin after the padding's."""
+    positions: int = config.max_position_embeddings
+    return positions - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
 def config_of(path: Path) -> Any:

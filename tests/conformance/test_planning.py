@@ -39,7 +39,7 @@ def really(job: Wanted) -> Figures:
 
 
 def require_planned(job: Wanted, real: list[Figures]) -> None:
-    """The plan is, figure by figure, the rank that has most; the peak but for garbage not yet collected."""
+    """Figure by figure the plan is the rank that has most; the peak but for late garbage."""
     plan = planned(job)
     assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
     names = ("num_parameters", "parameters", "gradients", "optimizer", "activations", "flop")
