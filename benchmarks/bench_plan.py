@@ -79,6 +79,7 @@ def watched_step(shape: Shape, tp: int, checkpointing: bool, seat: Seat) -> Call
     )
     if seat.num_ranks == 1:
         return lambda: step.planned(wanted).peak
+    tensorpar.init(tensor_parallel_degree=tp, device_type="cpu")
     before = anonymous_bytes()
     with tensorpar.tensor_parallelism(delayed_parameter_initialization=True):
         model = step.built(wanted)
