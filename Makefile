@@ -43,6 +43,8 @@ bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
 	$(BIN)/python benchmarks/bench_sequence_memory.py
+	$(BIN)/python benchmarks/bench_plan.py
+	$(BIN)/python benchmarks/bench_scale.py
 
 # a virtual environment, its constraints: installs the extra that the target is named after; torch
 # first, since the exact version decides which build is taken

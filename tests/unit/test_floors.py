@@ -42,12 +42,14 @@ FLOORS = [
     {"parallelize"},
     {"context", "model"},
     {"optimizer", "sharded_files", "checkpoint"},
-    {"trainer"},
+    {"planning", "trainer"},
+    {"command"},
+    {"__main__"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
 STAIRS = {("mesh", "config"), ("saving", "model_doors"), ("random", "compiling")}
 #: what may import the translators, and only while a function runs.
-DOORS_TO_TRANSLATORS = {"model.py", "loading.py", "recognition.py", "nn/huggingface"}
+DOORS_TO_TRANSLATORS = {"model.py", "loading.py", "recognition.py", "nn/huggingface", "command.py"}
 
 FILES = sorted((ROOT / "tensorpar").rglob("*.py"))
 
