@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.collectives import gather_region
-from tensorpar.compiling import runs_uncompiled
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
@@ -107,7 +106,6 @@ class ModelDoor:
         model.register_forward_pre_hook(door.open, prepend=True, with_kwargs=True)
         model.register_forward_hook(door.close, always_call=True)
 
-    @runs_uncompiled
     def open(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -167,7 +165,6 @@ class ModelDoor:
             "all tp ranks",
         )
 
-    @runs_uncompiled
     def close(self, model: nn.Module, _args: object, output: Any) -> Any:
         """Forward hook, run after an exception too: make outputs whole, leave the contexts."""
         forward = self._forwards.pop()

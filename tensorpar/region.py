@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from types import MappingProxyType
 from typing import Any
 
@@ -19,11 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.collectives import copy_region, copy_together
-from tensorpar.current import Current
 from tensorpar.parameters import local, shard_dim
 from tensorpar.rows import current_rows
 
-_open: Current[DeviceMesh | None] = Current(None)
+_open: ContextVar[DeviceMesh | None] = ContextVar("parallel_region", default=None)
 
 
 def open_region(mesh: DeviceMesh) -> None:
@@ -43,8 +43,7 @@ def inside_region() -> bool:
 
 def plain(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as a plain local tensor whose gradient is whole, wherever it is used."""
-    copies = _copies.get()
-    if copies and (copy := copies.get(id(parameter))) is not None:
+    if (copy := _copies.get().get(id(parameter))) is not None:
         return copy
     mesh, rows = _open.get(), current_rows()
     if mesh is None and rows is not None:
@@ -55,7 +54,7 @@ def plain(parameter: torch.Tensor) -> torch.Tensor:
 
 
 #: parameters by identity, with the copies whose gradients are summed together.
-_copies: Current[Mapping[int, torch.Tensor]] = Current(MappingProxyType({}))
+_copies: ContextVar[Mapping[int, torch.Tensor]] = ContextVar("copies", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -85,15 +84,15 @@ def summing_together(module: nn.Module) -> Iterator[None]:
         _copies.reset(token)
 
 
-_computing = Current(False)
+_computing: ContextVar[bool] = ContextVar("computing", default=False)
 
 
-def begin_forward() -> bool:
+def begin_forward() -> Token[bool]:
     """From here on replicated parameters read plain, from outside their module too."""
     return _computing.set(True)
 
 
-def end_forward(token: bool) -> None:
+def end_forward(token: Token[bool]) -> None:
     """Back to what was before `begin_forward`."""
     _computing.reset(token)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,6 @@ from tensorpar.collectives import (
     reduce_scatter_region,
     scatter_region,
 )
-from tensorpar.current import Current
 
 #: of every activation that is split: `[batch, sequence, ...]`.
 SEQUENCE_DIM = 1
@@ -53,7 +53,7 @@ class Rows:
         own._tensorpar_rows = self  # type: ignore[attr-defined]
 
 
-_rows: Current[Rows | None] = Current(None)
+_rows: ContextVar[Rows | None] = ContextVar("rows_of_a_sequence", default=None)
 
 
 def current_rows() -> Rows | None:

@@ -8,16 +8,16 @@ reproducible, the model's own maths runs; so it does after `model.set_attn_imple
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tensorpar.current import Current
 from tensorpar.reproducible import reproducing
 
-_recording = Current(False)
+_recording: ContextVar[bool] = ContextVar("recording_attentions", default=False)
 
 
 class FusedAttention:
@@ -59,8 +59,7 @@ class FusedAttention:
 
         The mask is additive, or boolean with True for what is seen.
         """
-        # whether a query is hidden decides which maths runs, and a graph cannot wait for data
-        if not self.is_fused or torch.compiler.is_compiling():
+        if not self.is_fused:
             return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(torch.float32).min

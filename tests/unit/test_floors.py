@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[2]
 #: from the ground up; files on one floor do not know of each other, unless named in STAIRS.
 FLOORS = [
     {
-        "compiling",
         "config",
-        "current",
         "foreign_shards",
         "hf_compat",
         "hf_trainer",
@@ -47,7 +45,7 @@ FLOORS = [
     {"__main__"},
 ]
 #: two rooms on one floor that may know of each other, in this direction only.
-STAIRS = {("mesh", "config"), ("saving", "model_doors"), ("random", "compiling")}
+STAIRS = {("mesh", "config"), ("saving", "model_doors")}
 #: what may import the translators, and only while a function runs.
 DOORS_TO_TRANSLATORS = {"model.py", "loading.py", "recognition.py", "nn/huggingface", "command.py"}
 
