@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
 from tensorpar.data_parallel import (
@@ -72,6 +73,7 @@ class DistributedModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
 
+    @_disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; with `prescaled_batch=False` on the batches of all tp ranks together.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.distributed import DebugLevel, get_debug_level  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -28,6 +29,7 @@ from tensorpar.collectives import gather_region
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
+from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
@@ -61,6 +63,19 @@ class _Forward:
     contexts: ExitStack
     is_outermost: bool
     as_tuple: bool
+
+
+class Uncompiled(OwnMethods):
+    """Mixed into the class of a model with doors: `torch.compile` leaves it as it is.
+
+    What happens at doors, comparing batches and forking generators among it, is no graph's; and
+    ranks whose graphs broke at different places could meet in different collectives.
+    """
+
+    @_disable_dynamo
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model, also after `model.compile()`."""
+        return self._call_impl(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 class ModelDoor:
@@ -103,6 +118,7 @@ class ModelDoor:
             return
         door = cls(model, mesh, **choices)
         model.__dict__["_tensorpar_door"] = door
+        mix_in(model, Uncompiled)
         model.register_forward_pre_hook(door.open, prepend=True, with_kwargs=True)
         model.register_forward_hook(door.close, always_call=True)
 
