@@ -38,6 +38,10 @@ features: .venv/test
 bench: .venv/examples
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
+	$(BIN)/python benchmarks/bench_in_memory.py
+	$(BIN)/python benchmarks/bench_translate.py --size 0.5 --pairs 3
+	$(BIN)/python benchmarks/bench_loading.py --size 0.6 --turns 3
+	$(BIN)/python benchmarks/bench_saving.py --size 0.6 --turns 3
 
 # a virtual environment, its constraints: installs the extra that the target is named after; torch
 # first, since the exact version decides which build is taken
