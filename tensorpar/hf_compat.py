@@ -289,6 +289,22 @@ def converts_weights(model: Any, mapping: Sequence[Any] | None = None) -> bool:
     return any(isinstance(conversion, WeightConverter) for conversion in mapping or ())
 
 
+@contextmanager
+def weights_written_by(write: Callable[..., None]) -> Iterator[None]:
+    """Within: `write(tensors, file, metadata=...)` is called for each file of weights.
+
+    Other threads' saves come to it too.
+    """
+    from transformers import modeling_utils
+
+    usual = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = write
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = usual
+
+
 def stale_weights(variant: str | None) -> Callable[[str], bool]:
     """Whether a file's name is one that Transformers gives to a model's weights or their index."""
     marked = "" if variant is None else re.escape(f".{variant}")

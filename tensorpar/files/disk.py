@@ -20,17 +20,19 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def reserve(handle: int, num_bytes: int) -> None:
-    """Give an open file its length and its place on the disk, if the file system can.
+    """Give an open file its length and its place on the disk, if the file system can do that.
 
     Raises:
         OSError: the disk has no room for it.
     """
-    if num_bytes and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(handle, 0, num_bytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+    # os.posix_fallocate would write into every block where the file system cannot
+    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if allocate is None or not num_bytes:
+        return
+    if allocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0:
+        error = ctypes.get_errno()
+        if error in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error, os.strerror(error))
 
 
 def start_writing(handle: int, offset: int, num_bytes: int) -> None:
