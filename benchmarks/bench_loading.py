@@ -105,7 +105,10 @@ def read_once(model: torch.nn.Module, seat: Seat) -> tuple[int, int]:
         values = parameter.detach()
         whole = not isinstance(values, DTensor) or values.placements[0].is_replicate()
         local = values.to_local() if isinstance(values, DTensor) else values
-        bits, held = int(local.view(torch.int16).sum(dtype=torch.int64)), held + local.nbytes
+        # a few at a time, since a sum of integers first makes them all wider
+        pieces = local.contiguous().view(-1).view(torch.int16).split(1 << 18)
+        bits = sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
+        held += local.nbytes
         sharded, replicated = sharded + bits * (not whole), replicated + bits * whole
     return sum(from_all(sharded, seat)) + replicated, held
 
