@@ -291,14 +291,10 @@ def converts_weights(model: Any, mapping: Sequence[Any] | None = None) -> bool:
 
 @contextmanager
 def weights_written_by(write: Callable[..., None]) -> Iterator[None]:
-    """Within: `write(tensors, file, metadata=...)` is called for each file of weights.
-
-    Other threads' saves come to it too.
-    """
+    """Within: `write(tensors, file, metadata=...)` writes files of weights, for all threads."""
     from transformers import modeling_utils
 
-    usual = modeling_utils.safe_save_file
-    modeling_utils.safe_save_file = write
+    usual, modeling_utils.safe_save_file = modeling_utils.safe_save_file, write
     try:
         yield
     finally:
