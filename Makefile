@@ -2,8 +2,9 @@
 # Python 3.11+ and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
-# while one file's ranks meet, another's reference is computed
-TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
+# while one file's ranks meet, another's reference is computed; in the order of the folders, which
+# ends with the shortest: xdist's own order ends with the files of one long test
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # what meets Transformers; the rest does not depend on its version
 OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformance/test_, \
 	families.py versions.py from_pretrained.py gpt2_init.py))
@@ -11,7 +12,7 @@ OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformanc
 .PHONY: demo test test-newest test-oldest bench shards features lint types clean
 
 demo: .venv/examples
-	$(BIN)/python examples/train_gpt2.py --out out
+	$(BIN)/python examples/compare_gpt2.py --out out
 
 test: lint types test-newest test-oldest
 
@@ -35,13 +36,19 @@ shards: .venv/examples
 features: .venv/test
 	$(BIN)/python -m pytest --collect-only --quiet --features=README.md
 
-bench: .venv/examples
+bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_step.py --what forward
+	$(BIN)/python benchmarks/bench_decode.py
+	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
 	$(BIN)/python benchmarks/bench_in_memory.py
 	$(BIN)/python benchmarks/bench_translate.py --size 0.5 --pairs 3
 	$(BIN)/python benchmarks/bench_loading.py --size 0.6 --turns 3
 	$(BIN)/python benchmarks/bench_saving.py --size 0.6 --turns 3
+	$(BIN)/python benchmarks/bench_sequence_memory.py
+	$(BIN)/python benchmarks/bench_plan.py
+	$(BIN)/python benchmarks/bench_scale.py
 
 # a virtual environment, its constraints: installs the extra that the target is named after; torch
 # first, since the exact version decides which build is taken

@@ -16,6 +16,7 @@ from typing import Any
 from contest import Contestant, Seat, record, require_equal
 from models import Shape
 from peak_memory import Peak
+from systems import step_of, training
 
 MAX_LOSS_DIFFERENCE = 1e-3
 MIB = 1 << 20
@@ -59,7 +60,7 @@ def measured(shape: Shape) -> dict[str, int]:
 
 
 def watched_step(shape: Shape, fused: bool | None, seat: Seat) -> Callable[[], tuple[float, int]]:
-    step = shape.step_of(built(shape, fused, seat))
+    step = step_of(training(built(shape, fused, seat)), shape)
 
     def watched() -> tuple[float, int]:
         with Peak() as peak:
@@ -74,6 +75,7 @@ def built(shape: Shape, fused: bool | None, seat: Seat) -> Any:
         return shape.build()
     import tensorpar
 
+    tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
     with tensorpar.tensor_parallelism(fused_attention=fused):
         return shape.build()
 

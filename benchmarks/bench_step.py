@@ -1,69 +1,125 @@
-"""One training step: tensor parallel on two processes against one process with both cores.
+"""A training step, or a forward, of every family: tensorpar beside one process and its peers.
 
-The two contestants alternate within one run, and the losses of every step are compared before any
-time is believed. Run with `make bench`, or `python benchmarks/bench_step.py --family gptj`.
+Contestants alternate within one run and share the same cores: tensorpar and its peers have one
+process per rank of one thread each, one process has as many threads. Losses of every turn are
+compared before any time is believed. Run with `make bench`, or for example
+`python benchmarks/bench_step.py --families gptj --widths 512 --sequence 1024`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
-from contest import Contestant, Seat, alternate, ratio, record, require_equal
+from chart import bars
+from contest import Contestant, alternate, present, ratio, record, require_equal
 from models import FAMILIES, Shape
+from systems import SYSTEMS, forward_only, training_step
 
-MAX_LOSS_DIFFERENCE = 1e-3
+#: dropout draws other masks on other systems, so their losses only resemble each other.
+MAX_LOSS_DIFFERENCE, MAX_DROPOUT_DIFFERENCE = 1e-3, 1.0
+WORK = {"train": training_step, "forward": forward_only}
 
 
 def main() -> None:
     args = parse_arguments()
-    shape = Shape(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Shape)})
+    rows: list[dict[str, Any]] = []
+    for family in args.families:
+        for width in args.widths:
+            shape = Shape(
+                family,
+                width,
+                layers=args.layers,
+                batch=args.batch,
+                sequence=args.sequence,
+                vocabulary=args.vocabulary,
+                dropout=args.dropout,
+            )
+            print(f"\n{args.what}: {shape}")
+            rows += measured(shape, args)
+    name = f"{args.what}_{args.sequence}" + ("_dropout" if args.dropout else "")
+    record(f"{name}_cpu", {"rows": rows, "arguments": vars(args)})
+    ratios = {
+        f"{row['family']} {row['width']}": {"one process": 1.0}
+        for row in rows
+        if row["system"] == "one process"
+    }
+    for row in rows:
+        if row["system"] != "one process":
+            ratios[f"{row['family']} {row['width']}"][row["system"]] = row["ratio"]["median"]
+    bars(ratios, f"{name}_cpu", f"{args.what}: time against one process with the same cores")
+
+
+def measured(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each contestant."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        work = partial(training_step, shape)
-        contestants = {
-            name: stack.enter_context(Contestant(work, ranks, args.threads, folder))
-            for name, ranks in (("one process", 1), ("tensorpar", args.tp))
+        ways = {
+            name: partial(
+                Contestant,
+                partial(WORK[args.what], name, shape),
+                1 if name == "one process" else args.tp,
+                args.threads,
+                folder,
+            )
+            for name in args.systems
         }
+        contestants = present(stack, ways)
         times, losses = alternate(contestants, args.warmup, args.pairs)
-    require_equal(losses, MAX_LOSS_DIFFERENCE)
-    print(f"\n{'contestant':14}{'median s':>10}{'best s':>10}{'last loss':>12}")
-    for name, seconds in times.items():
-        row = f"{statistics.median(seconds):10.3f}{min(seconds):10.3f}{losses[name][-1]:12.5f}"
-        print(f"{name:14}{row}")
-    ours = ratio(times["tensorpar"], times["one process"])
-    low, high = ours["quartiles"]
+        cpu = {name: one.cpu_seconds[args.warmup :] for name, one in contestants.items()}
+    require_equal(losses, MAX_DROPOUT_DIFFERENCE if shape.dropout else MAX_LOSS_DIFFERENCE)
+    rows = [
+        {
+            "family": shape.family,
+            "width": shape.width,
+            "system": name,
+            "seconds": seconds,
+            "cpu seconds": cpu[name],
+            "ratio": ratio(seconds, times["one process"]),
+            "tensorpar's ratio to it": ratio(times["tensorpar"], seconds),
+            "last loss": losses[name][-1],
+        }
+        for name, seconds in times.items()
+    ]
+    show(rows)
+    return rows
+
+
+def show(rows: list[Mapping[str, Any]]) -> None:
+    """The table of one shape."""
     print(
-        f"ratio tensorpar / one process: {ours['median']:.3f} (quartiles {low:.3f} to {high:.3f})"
+        f"{'':20}{'median s':>9}{'best s':>8}{'CPU s':>8}{'ratio':>8}{'quartiles':>14}"
+        f"{'of best':>9}{'tensorpar to it':>17}"
     )
-    record("step_cpu", {"ratio": ours, "seconds": times, "shape": vars(args)})
+    for row in rows:
+        own, ours = row["ratio"], row["tensorpar's ratio to it"]["median"]
+        spread = "{:.2f} to {:.2f}".format(*own["quartiles"])
+        print(
+            f"{row['system']:20}{statistics.median(row['seconds']):9.3f}"
+            f"{min(row['seconds']):8.3f}{statistics.median(row['cpu seconds']):8.3f}"
+            f"{own['median']:8.2f}{spread:>14}{own['of best']:9.2f}{ours:17.2f}"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=WORK, default="train")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--widths", nargs="+", type=int, default=[768])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="cores that each side may use")
-    parser.add_argument("--family", choices=FAMILIES, default=Shape.family)
-    for field in dataclasses.fields(Shape)[1:]:
-        kind = type(field.default)
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default)
+    for name in ("layers", "batch", "sequence", "vocabulary", "dropout"):
+        default = getattr(Shape, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()
-
-
-def training_step(shape: Shape, seat: Seat) -> Callable[[], float]:
-    if seat.num_ranks == 1:
-        return shape.step_of(shape.build())
-    import tensorpar
-
-    with tensorpar.tensor_parallelism():
-        return shape.step_of(shape.build())
 
 
 if __name__ == "__main__":

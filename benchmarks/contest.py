@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,19 +45,20 @@ class Seat:
         torch.set_num_threads(self.threads)
         if self.num_ranks == 1:
             return
-        import tensorpar
-
         torch.distributed.init_process_group(
             "gloo",
             init_method=f"file://{self.rendezvous}",
             rank=self.rank,
             world_size=self.num_ranks,
         )
-        tensorpar.init(tensor_parallel_degree=self.num_ranks, device_type="cpu")
 
 
 #: sets up one process and returns what it does at each turn; the result is rank 0's.
 Work = Callable[[Seat], Callable[[], Any]]
+
+
+class AbsentError(Exception):
+    """A contestant that cannot take part."""
 
 
 class Contestant:
@@ -67,11 +69,15 @@ class Contestant:
         ranks: how many processes.
         threads: cores that they may use together.
         folder: where they meet.
+
+    Attributes:
+        cpu_seconds: that all ranks together took, by turn.
     """
 
     def __init__(self, work: Work, ranks: int, threads: int, folder: str) -> None:
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
+        self.cpu_seconds: list[float] = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
             seat = Seat(rank, ranks, max(threads // ranks, 1), f"{folder}/{id(self)}")
@@ -81,8 +87,16 @@ class Contestant:
             self.processes.append(process)
 
     def __enter__(self) -> Contestant:
-        for pipe in self.pipes:
-            pipe.recv()
+        try:
+            reasons = {pipe.recv() for pipe in self.pipes} - {None}
+        except EOFError:
+            for process in self.processes:
+                process.join(timeout=5)
+            reasons = {f"it died, exit codes {[process.exitcode for process in self.processes]}"}
+        if reasons:
+            for process in self.processes:
+                process.kill()
+            raise AbsentError("; ".join(sorted(reasons)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,15 +110,36 @@ class Contestant:
         for pipe in self.pipes:
             pipe.send(True)
         results = [pipe.recv() for pipe in self.pipes]
-        return time.perf_counter() - start, results[0]
+        seconds = time.perf_counter() - start
+        self.cpu_seconds.append(sum(cpu for _, cpu in results))
+        return seconds, results[0][0]
 
 
 def _serve(pipe: Any, work: Work, seat: Seat) -> None:
     seat.take()
-    turn = work(seat)
+    try:
+        turn = work(seat)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        raise
     pipe.send(None)
     while pipe.recv():
-        pipe.send(turn())
+        start = time.process_time()
+        result = turn()
+        pipe.send((result, time.process_time() - start))
+
+
+def present(
+    stack: ExitStack, ways: Mapping[str, Callable[[], Contestant]]
+) -> dict[str, Contestant]:
+    """Those who can take part, entered; why the others cannot is printed."""
+    contestants = {}
+    for name, way in ways.items():
+        try:
+            contestants[name] = stack.enter_context(way())
+        except AbsentError as reason:
+            print(f"{name}: not shown, {reason}")
+    return contestants
 
 
 def alternate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +89,3 @@ class Shape:
         torch.manual_seed(0)
         model = getattr(transformers, FAMILIES[self.family][1])(self.config())
         return model.train()
-
-    def step_of(self, model: torch.nn.Module) -> Callable[[], float]:
-        """A training step: forward, backward, clipping, AdamW; returns the loss."""
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        generator = torch.Generator().manual_seed(1)
-
-        def step() -> float:
-            size = (self.batch, self.sequence)
-            tokens = torch.randint(self.vocabulary, size, generator=generator)
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()
-
-        return step

@@ -1,43 +1,38 @@
-"""Train GPT-2 tensor parallel on two processes, and see that nothing but the speed has changed.
+"""Train GPT-2: on one process, tensor parallel, data parallel, or both.
 
-    python examples/train_gpt2.py
+    python examples/train_gpt2.py --name one                      # plain Transformers
+    torchrun --nproc-per-node 2 examples/train_gpt2.py --name tp2 --tp 2 --threads 1
+    torchrun --nproc-per-node 4 examples/train_gpt2.py --name both --tp 2 --threads 1 \\
+        --data-parallel fsdp --dtype bfloat16 --gradient-checkpointing --checkpoints out/both/run
 
-runs `train` three times from one seed: in one process (plain Transformers), in one process with
-half the threads (how far float32 drifts by itself), and tensor parallel under `torchrun`. It
-compares the three step by step, reloads what the parallel run has saved with plain Transformers,
-and fails if anything that should be equal is not. All of it runs offline: the text is the language
-reference that ships inside every Python. A run by itself:
-
-    torchrun --nproc-per-node 2 examples/train_gpt2.py --name mine --tp 2 --threads 1
-
-The part that is about tensor parallelism is `build_model`; the rest is stock PyTorch.
+The last one has two replicas of a model on two ranks each, and resumes where it was stopped when it
+is started again. What is about parallelism is in `build_model` and `Batches`, what is about
+resuming in `fit`; the rest is stock PyTorch. All of it runs offline: the text is the language
+reference that ships inside every Python. `compare_gpt2.py` runs this file and compares.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import statistics
-import subprocess
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from report import Run, num_parameters, peak_memory_mb, report
+from corpus import CONTEXT, read_text
+from report import Run, num_parameters, peak_memory_mb
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Tokenizer
 from transformers.utils import logging
 
 import tensorpar as tp
 from tensorpar.translators.gpt2 import translate_state_dict_to_hf_gpt2
 
-SEED = 0
-BATCH, CONTEXT = 4, 128
+SEED, BATCH = 0, 4
 PEAK_LEARNING_RATE = 1e-3
 EVAL_EVERY = 20
 PROMPT = "The class statement"
@@ -47,7 +42,7 @@ Model = Any  # a Transformers model; its own annotations are too loose to be of 
 T = TypeVar("T")
 
 
-def build_model(vocab_size: int, tp_degree: int) -> Model:
+def build_model(vocab_size: int, args: Namespace) -> Model:
     """A GPT-2; from one seed the same at every degree, and as Transformers alone makes it."""
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -62,53 +57,93 @@ def build_model(vocab_size: int, tp_degree: int) -> Model:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
     )
-    if tp_degree > 1:
-        tp.init(tensor_parallel_degree=tp_degree, device_type="cpu")  # where "one" runs too
+    parallel = dist.is_torchelastic_launched()
+    if parallel:
+        tp.init(tensor_parallel_degree=args.tp, device_type="cpu")  # where "one" runs too
     torch.manual_seed(SEED)
-    with tp.tensor_parallelism() if tp_degree > 1 else nullcontext():
-        return AutoModelForCausalLM.from_config(config)
+    with tp.tensor_parallelism() if parallel else nullcontext():
+        model = AutoModelForCausalLM.from_config(config)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if not parallel:
+        return model
+    replicas = args.data_parallel if tp.dp_size() > 1 else None
+    return tp.DistributedModel(model, data_parallel=replicas)
+
+
+class Batches:
+    """Endless training batches from random places; where it stands is part of a checkpoint."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    def draw(self) -> torch.Tensor:
+        """Tokens `[rows, CONTEXT]`: replicas share the rows of a batch, the ranks of one have all.
+
+        Every rank draws all BATCH rows, so that a run may continue on any number of ranks.
+        """
+        starts = torch.randint(len(self.ids) - CONTEXT, (BATCH,), generator=self.generator)
+        rows = torch.stack([self.ids[start : start + CONTEXT] for start in starts.tolist()])
+        return rows.chunk(tp.dp_size())[tp.dp_rank()] if tp.is_initialized() else rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
 
 
 def fit(
     model: Model, train_ids: torch.Tensor, held_out: torch.Tensor, args: Namespace
 ) -> tuple[list[float], list[float], dict[int, float]]:
-    """All of it stock PyTorch; returns losses and seconds of each step, held-out losses after."""
+    """Returns losses and seconds of each step, held-out losses after; resumes if it can."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(  # warms up, then decays
         optimizer, PEAK_LEARNING_RATE, args.steps, pct_start=0.2, cycle_momentum=False
     )
-    batches = torch.Generator().manual_seed(SEED)  # the ranks of one model are fed the same
-    losses, seconds, held_out_losses = [], [], {0: evaluate(model, held_out)}
-    steps = tqdm(range(1, args.steps + 1), desc=args.name, disable=not is_first(), mininterval=1)
-    for step in steps:
+    batches = Batches(train_ids)
+    state = {"model": model, "optimizer": optimizer, "scheduler": schedule, "dataloader": batches}
+    resumed = tp.load_checkpoint(args.checkpoints, **state) if args.checkpoints else None
+    done = resumed.step if resumed else 0
+    history = resumed.user_content if resumed else ([], {0: evaluate(model, held_out)})
+    losses, held_out_losses = history
+    # parameters and the optimizer's state stay float32
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
+    seconds = []
+    steps = range(done + 1, args.steps + 1)
+    for step in (bar := tqdm(steps, desc=args.name, disable=not is_first(), mininterval=1)):
         started = time.perf_counter()
-        x = draw_batch(train_ids, batches)
-        loss = model(input_ids=x, labels=x).loss
+        x = batches.draw()
+        with precision:
+            loss = model(input_ids=x, labels=x).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
+        losses.append(statistics.fmean(on_all_ranks(loss.item())))  # replicas have as many rows
         if step % EVAL_EVERY == 0 or step == args.steps:
             held_out_losses[step] = evaluate(model, held_out)
-            steps.set_postfix(train=losses[-1], held_out=held_out_losses[step])
+            bar.set_postfix(train=losses[-1], held_out=held_out_losses[step])
+            if args.checkpoints:
+                tp.save_checkpoint(args.checkpoints, step, **state, user_content=history)
     return losses, seconds, held_out_losses
 
 
 def train(args: Namespace) -> None:
-    """Train from scratch and save; every rank runs all of this, the first one shows and writes."""
+    """Train and save; every rank runs all of this, the first one shows and writes."""
     torch.set_num_threads(args.threads)
     tokenizer, train_ids, held_out = read_text()
     memory_before = peak_memory_mb()
-    model = build_model(len(tokenizer), args.tp)
+    model = build_model(len(tokenizer), args)
     losses, seconds, held_out_losses = fit(model, train_ids, held_out, args)
     run = Run(
         name=args.name,
         losses=losses,
         held_out=held_out_losses,
-        tokens_per_second=BATCH * CONTEXT / statistics.median(seconds),
+        tokens_per_second=BATCH * CONTEXT / statistics.median(seconds or [math.nan]),
         parameters=on_all_ranks(num_parameters(model)),
         memory_mb=on_all_ranks((memory_before, peak_memory_mb())),
         greedy=continue_prompt(model, tokenizer, **GREEDY),
@@ -117,24 +152,6 @@ def train(args: Namespace) -> None:
     if is_first():
         run.write(args.out)
     tp.shutdown()
-
-
-def read_text() -> tuple[GPT2Tokenizer, torch.Tensor, torch.Tensor]:
-    """A byte-level BPE trained on the spot, the training tokens, the held-out ones by context."""
-    text = "<|endoftext|>".join(topics.values())
-    cut = int(0.95 * len(text))
-    tokenizer = GPT2Tokenizer().train_new_from_iterator(
-        [text[:cut]], vocab_size=1024, show_progress=False
-    )
-    train_ids = torch.tensor(tokenizer(text[:cut])["input_ids"])
-    held_out = torch.tensor(tokenizer(text[cut:])["input_ids"])
-    return tokenizer, train_ids, held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-
-
-def draw_batch(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`[BATCH, CONTEXT]` tokens from random places."""
-    starts = torch.randint(len(ids) - CONTEXT, (BATCH,), generator=generator)
-    return torch.stack([ids[start : start + CONTEXT] for start in starts.tolist()])
 
 
 @torch.no_grad()
@@ -160,7 +177,7 @@ def save(model: Model, tokenizer: GPT2Tokenizer, folder: Path) -> None:
     if is_first():
         tokenizer.save_pretrained(folder)
     if tp.is_initialized():
-        state_dict = tp.DistributedModel(model).state_dict()  # collective too
+        state_dict = model.state_dict()  # collective too
         if tp.rank() == 0:
             torch.save(translate_state_dict_to_hf_gpt2(state_dict), folder / "translated.pt")
 
@@ -178,77 +195,27 @@ def on_all_ranks(value: T) -> list[T]:
     return values
 
 
-def launch(name: str, tp_degree: int, num_threads: int, args: Namespace) -> Run:
-    """Run this file again, alone or under torchrun, to do one `train`; return what it wrote."""
-    command = [sys.executable]
-    if tp_degree > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_degree}"]
-    command += [__file__, f"--name={name}", f"--tp={tp_degree}", f"--threads={num_threads}"]
-    command += [f"--steps={args.steps}", f"--out={args.out}"]
-    # passive: a thread that waits for another leaves its core; spinning costs 8 times the time
-    # where other programs want the cores too
-    environment = {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "passive"}
-    code = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
-    if code:
-        sys.exit(f"FAILED: the run {name} ended with exit code {code}; its output is above")
-    return Run.read(args.out, name)
-
-
-def compare(args: Namespace) -> int:
-    """All three runs, the report, and the way back to plain Transformers."""
-    started = time.perf_counter()
-    one = launch("one", 1, args.threads, args)
-    half = launch("one_half_threads", 1, max(1, args.threads // 2), args)
-    parallel = launch(f"tp{args.tp}", args.tp, max(1, args.threads // args.tp), args)
-    problems = report(one, half, parallel, args.out)
-    problems += check_export(parallel, args.out / parallel.name)
-    for problem in problems:
-        print(f"FAILED: {problem}", file=sys.stderr)
-    print(f"{time.perf_counter() - started:.0f} s")
-    return 1 if problems else 0
-
-
-def check_export(run: Run, folder: Path) -> list[str]:
-    """Reload the parallel run's folder as anybody would, and compare; what is wrong with it."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    reloaded, trained = evaluate(model, read_text()[2]), list(run.held_out.values())[-1]
-    translated = torch.load(folder / "translated.pt", weights_only=True)
-    own = model.state_dict()
-    greedy = continue_prompt(model, tokenizer, **GREEDY)
-    checks = {
-        f"held-out loss {reloaded:.6f}, when trained {trained:.6f}": abs(reloaded - trained) < 1e-5,
-        f"greedy continuation, {len(run.greedy)} tokens": greedy == run.greedy,
-        f"translate_state_dict_to_hf_gpt2, {len(translated)} tensors bit for bit": (
-            translated.keys() == own.keys()
-            and all(torch.equal(translated[key], own[key]) for key in own)
-        ),
-    }
-    print(f"\nReloaded from {folder} with plain AutoModelForCausalLM.from_pretrained:")
-    for check, passed in checks.items():
-        print(f"  {'equal' if passed else 'NOT EQUAL'}: {check}")
-    sampled = tokenizer.decode(continue_prompt(model, tokenizer, **SAMPLED))
-    print(f"\nA sampled continuation:\n\n{sampled}\n")
-    return [f"reloaded, {check}: not equal" for check, passed in checks.items() if not passed]
-
-
-def main() -> int:
-    parser = ArgumentParser(description="Train GPT-2 tensor parallel, and compare.")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel degree")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a run")
+def main() -> None:
+    parser = ArgumentParser(
+        description="Train GPT-2, under torchrun on as many ranks as it starts."
+    )
+    parser.add_argument("--name", required=True, help="of the run, and of its folder in --out")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all results")
-    parser.add_argument("--name", help="train once, under this name, in this process")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree")
+    parser.add_argument("--data-parallel", choices=["fsdp", "replicate"], default="fsdp")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--checkpoints", help="folder or URL of checkpoints, to resume from")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each rank")
     args = parser.parse_args()
-    if args.tp < 2 and args.name is None:
-        parser.error(f"--tp = {args.tp}, required: at least 2")
+    if not dist.is_torchelastic_launched() and (args.tp > 1 or args.checkpoints):
+        parser.error("--tp and --checkpoints need torchrun --nproc-per-node ...")
     logging.set_verbosity_error()  # Transformers says at each run which loss GPT-2 has
     logging.disable_progress_bar()
-    if args.name is None:
-        return compare(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     train(args)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

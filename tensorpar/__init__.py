@@ -1,7 +1,9 @@
 """Hugging Face models made tensor parallel on stock PyTorch, and their checkpoints translated."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import tensorpar.families  # noqa: F401  (registers the tables)
-from tensorpar.checkpoint import PendingSave, Resumed, load_checkpoint, save_checkpoint
 from tensorpar.context import set_tensor_parallelism, tensor_parallelism
 from tensorpar.data_parallel import DataParallel
 from tensorpar.mesh import init, is_initialized, shutdown, tp_mesh
@@ -12,6 +14,7 @@ from tensorpar.optimizer import (
     optimizer_state_dict,
 )
 from tensorpar.parallelize import parallelize
+from tensorpar.preemption import preemption
 from tensorpar.ranks import (
     CommGroup,
     barrier,
@@ -32,11 +35,20 @@ from tensorpar.ranks import (
     tp_rank,
     tp_size,
 )
-from tensorpar.registry import register, tp_register, tp_register_with_module, unregister
+from tensorpar.registry import Stream, register, tp_register, tp_register_with_module, unregister
 from tensorpar.sharded_files import load_sharded, save_sharded
 from tensorpar.styles import Column, Row, VocabParallel
 
+if TYPE_CHECKING:
+    from tensorpar.checkpoint import PendingSave, Resumed, load_checkpoint, save_checkpoint
+
 __version__ = "0.1.0"
+
+#: where names are that would make `import tensorpar` slow: torch's checkpoints take as long to
+#: import as all else here together.
+_LATER = dict.fromkeys(
+    ("PendingSave", "Resumed", "load_checkpoint", "save_checkpoint"), "tensorpar.checkpoint"
+)
 
 __all__ = [
     "Column",
@@ -46,6 +58,7 @@ __all__ = [
     "PendingSave",
     "Resumed",
     "Row",
+    "Stream",
     "VocabParallel",
     "barrier",
     "dp_mesh",
@@ -66,6 +79,7 @@ __all__ = [
     "parallelize",
     "pp_rank",
     "pp_size",
+    "preemption",
     "rank",
     "rdp_rank",
     "rdp_size",
@@ -83,3 +97,9 @@ __all__ = [
     "tp_size",
     "unregister",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'tensorpar' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

@@ -12,50 +12,56 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tensorpar.bound import Bound
 from tensorpar.gathering import TIMEOUT, hf_layout, placed_as, tensorpar_layout, whole_tensors
+from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.rendezvous import rendezvous
 
 
 def bind_files(model: nn.Module) -> None:
     """Give a `PeftModel` around a parallel model its own saving, and loading of full tensors."""
-    if "save_pretrained" not in model.__dict__:
-        model.__dict__["save_pretrained"] = Bound(save_pretrained, model)
+    if not isinstance(model, SavesAdapters):
+        mix_in(model, SavesAdapters)
         model.register_load_state_dict_pre_hook(_cut_what_is_loaded)
 
 
-def save_pretrained(
-    self: Any,
-    save_directory: str | os.PathLike[str],
-    *,
-    timeout: timedelta = TIMEOUT,
-    **kwargs: Any,
-) -> None:
-    """`PeftModel.save_pretrained`: an ordinary adapter folder; collective, written by rank 0.
+class SavesAdapters(OwnMethods):
+    """Mixed into the class of a `PeftModel` around a parallel model."""
 
-    Args:
-        self: peft's model around a parallel one.
-        save_directory: the folder; made if absent.
-        timeout: how long to wait for the last rank to call this.
-        kwargs: as for `PeftModel.save_pretrained`.
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        *,
+        timeout: timedelta = TIMEOUT,
+        **kwargs: Any,
+    ) -> None:
+        """`PeftModel.save_pretrained`: an ordinary adapter folder; collective, written by rank 0.
 
-    Raises:
-        TimeoutError: a rank does not make this call in time; on all ranks that do.
-        ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
-            state dict is the model's own.
-    """
-    if refused := sorted({"state_dict", "is_main_process"} & set(kwargs)):
-        raise ValueError(
-            f"{refused} given, required: neither; call save_pretrained on every rank, rank 0 writes"
-        )
-    rank = rendezvous("PeftModel.save_pretrained", timeout)
-    wanted = _adapter_tensors(self, embeddings=kwargs.get("save_embedding_layers", "auto"))
-    pairs = whole_tensors(wanted, keep=rank == 0)
-    gathered = {name: value for name, value in pairs if rank == 0}
-    if rank == 0:
-        state_dict = hf_layout(self, gathered)
-        type(self).save_pretrained(self, save_directory, state_dict=state_dict, **kwargs)
-    dist.barrier()
+        Args:
+            self: peft's model around a parallel one.
+            save_directory: the folder; made if absent.
+            timeout: how long to wait for the last rank to call this.
+            kwargs: as for `PeftModel.save_pretrained`.
+
+        Raises:
+            TimeoutError: a rank does not make this call in time; on all ranks that do.
+            ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
+                state dict is the model's own.
+        """
+        if refused := sorted({"state_dict", "is_main_process"} & set(kwargs)):
+            raise ValueError(
+                f"{refused} given, required: neither; call save_pretrained on every rank, rank 0 "
+                "writes"
+            )
+        rank = rendezvous("PeftModel.save_pretrained", timeout)
+        wanted = _adapter_tensors(self, embeddings=kwargs.get("save_embedding_layers", "auto"))
+        pairs = whole_tensors(wanted, keep=rank == 0)
+        gathered = {name: value for name, value in pairs if rank == 0}
+        if rank == 0:
+            state_dict = hf_layout(self, gathered)
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory, state_dict=state_dict, **kwargs
+            )
+        dist.barrier()
 
 
 def _adapter_tensors(model: Any, *, embeddings: bool | str) -> dict[str, torch.Tensor]:

@@ -10,34 +10,36 @@ from typing import Any
 
 from torch import nn
 
-from tensorpar.bound import Bound
-from tensorpar.parameters import mix_in
+from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.registry import Plan, find
 
 
 def bind(model: nn.Module) -> None:
     """Give a Transformers model its own `set_attn_implementation` if it has such attention."""
     if _fusible(model):
-        model.__dict__["set_attn_implementation"] = Bound(set_attn_implementation, model)
+        mix_in(model, ChoosesAttention)
 
 
-def set_attn_implementation(
-    self: Any, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
-) -> None:
-    """`PreTrainedModel.set_attn_implementation`, which fused attention follows.
+class ChoosesAttention(OwnMethods):
+    """Mixed into the class of a parallel Transformers model whose attention can be fused."""
 
-    Args:
-        self: the parallel model.
-        attn_implementation: `"sdpa"` or `"eager"`; anything else is Transformers' to answer.
-        args: as for `PreTrainedModel.set_attn_implementation`.
-        kwargs: likewise.
-    """
-    if attn_implementation not in ("sdpa", "eager"):
-        type(self).set_attn_implementation(self, attn_implementation, *args, **kwargs)
-        return
-    for module, fused in _fusible(self):
-        mix_in(module, fused)
-        module.__dict__["is_fused"] = attn_implementation == "sdpa"
+    def set_attn_implementation(
+        self: Any, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
+        """`PreTrainedModel.set_attn_implementation`, which fused attention follows.
+
+        Args:
+            self: the parallel model.
+            attn_implementation: `"sdpa"` or `"eager"`; anything else is Transformers' to answer.
+            args: as for `PreTrainedModel.set_attn_implementation`.
+            kwargs: likewise.
+        """
+        if attn_implementation not in ("sdpa", "eager"):
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+            return
+        for module, fused in _fusible(self):
+            mix_in(module, fused)
+            module.__dict__["is_fused"] = attn_implementation == "sdpa"
 
 
 def _fusible(model: nn.Module) -> list[tuple[nn.Module, type]]:

@@ -1,4 +1,4 @@
-"""The four collectives of tensor parallelism, each named for what it does forward.
+"""The collectives of tensor parallelism, each named for what it does forward.
 
 They come in conjugate pairs; the backward of one is the forward of the other (Shoeybi et al.,
 "Megatron-LM", 2019, section 3, operators f and g):
@@ -9,12 +9,19 @@ They come in conjugate pairs; the backward of one is the forward of the other (S
 | `reduce_region` | a partial sum on each rank | their sum | identity: `copy_region` |
 | `scatter_region` | the same on all ranks | this rank's chunk of a dim | `gather_region` |
 | `gather_region` | a chunk on each rank | the whole dim | `scatter_region` |
+| `all_gather_region` | a chunk on each rank | the whole dim | `reduce_scatter_region` |
+| `reduce_scatter_region` | a partial sum on each rank | a chunk of the sum | `all_gather_region` |
+
+The last pair is the first one for a sequence that is split (Korthikanti et al., "Reducing
+activation recomputation in large transformer models", 2022, operators g and its conjugate): what
+follows `gather_region` is computed alike on all ranks, what follows `all_gather_region` is not.
 
 No function changes its input in place: callers and saved tensors may still read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +59,22 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
     return torch.cat([part.narrow(dim, 0, length) for part, length in pairs], dim)
 
 
+def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's chunk of dim `dim` of the sum of `x` over ranks; not differentiable.
+
+    Chunks may be uneven or empty; they are padded to the first rank's while they travel.
+    """
+    if mesh.size() == 1:
+        return x
+    sizes = chunk_sizes(x.shape[dim], mesh.size())
+    terms = x.detach().movedim(dim, 0).contiguous()
+    if missing := sizes[0] * len(sizes) - len(terms):
+        terms = torch.cat([terms, terms.new_zeros((missing, *terms.shape[1:]))])
+    chunk = terms.new_empty((sizes[0], *terms.shape[1:]))
+    dist.reduce_scatter_single(chunk, terms, group=mesh.get_group())
+    return chunk[: sizes[mesh.get_local_rank()]].movedim(0, dim).contiguous()
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -61,6 +84,23 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _Reduce.apply(grad, ctx.mesh), None
+
+
+class _CopyTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mesh: DeviceMesh, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.mesh = mesh
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        summed: dict[int, torch.Tensor] = {}
+        for dtype in dict.fromkeys(grad.dtype for grad in grads):
+            places = [place for place, grad in enumerate(grads) if grad.dtype == dtype]
+            flat = _Reduce.apply(torch.cat([grads[place].flatten() for place in places]), ctx.mesh)
+            parts = flat.split([grads[place].numel() for place in places])
+            summed |= zip(places, parts, strict=True)
+        return None, *(summed[place].view_as(grad) for place, grad in enumerate(grads))
 
 
 class _Reduce(torch.autograd.Function):
@@ -96,9 +136,39 @@ class _Gather(torch.autograd.Function):
         return _Scatter.apply(grad, ctx.dim, ctx.mesh), None, None, None
 
 
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.dim, ctx.mesh = dim, mesh
+        return all_gather(x, dim, size, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _ReduceScatter.apply(grad, ctx.dim, ctx.mesh), None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.dim, ctx.size, ctx.mesh = dim, x.shape[dim], mesh
+        return reduce_scatter(x, dim, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _AllGather.apply(grad, ctx.dim, ctx.size, ctx.mesh), None, None
+
+
 def copy_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Enter a parallel region: the identity, whose backward sums the ranks' gradients."""
     return x if mesh.size() == 1 else _Copy.apply(x, mesh)
+
+
+def copy_together(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
+    """`copy_region` of several tensors, whose gradients are summed by one all-reduce."""
+    if mesh.size() == 1 or not tensors:
+        return tuple(tensors)
+    copies: tuple[torch.Tensor, ...] = _CopyTogether.apply(mesh, *tensors)
+    return copies
 
 
 def reduce_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -118,3 +188,17 @@ def gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> tor
     ranks, as everything outside a parallel region is.
     """
     return x if mesh.size() == 1 else _Gather.apply(x, dim, size, mesh)
+
+
+def all_gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
+    """The whole dim `dim` (not negative, of global length `size`) from the ranks' chunks.
+
+    The backward sums the ranks' gradients and hands each its chunk: for what ranks go on to
+    compute different things from.
+    """
+    return x if mesh.size() == 1 else _AllGather.apply(x, dim, size, mesh)
+
+
+def reduce_scatter_region(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
+    """This rank's chunk of dim `dim` (not negative) of the sum of `x` over ranks."""
+    return x if mesh.size() == 1 else _ReduceScatter.apply(x, dim, mesh)

@@ -34,7 +34,8 @@ class Config:
         placement_strategy: `"cluster"` puts tensor-parallel ranks side by side, `"spread"`
             data-parallel ones; or the order of the letters D, P, T, the last varying fastest.
         delayed_parameter_initialization: default of `tensor_parallelism`'s option of that name.
-        reproducible_dropout, check_replicas_every: defaults of the options of these names.
+        reproducible_dropout, sequence_parallel, check_replicas_every: defaults of the options of
+            these names.
         ddp: `DistributedModel` averages gradients over data-parallel ranks.
         shard_optimizer_state: with `ddp`, it also shards parameters, gradients and optimizer
             states over them (FSDP2).
@@ -47,6 +48,7 @@ class Config:
     placement_strategy: str = "cluster"
     delayed_parameter_initialization: bool = False
     reproducible_dropout: bool = False
+    sequence_parallel: bool = False
     check_replicas_every: int = 0
     ddp: bool = False
     shard_optimizer_state: bool = False

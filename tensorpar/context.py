@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
 from tensorpar.delayed import EmptyOnMeta
+from tensorpar.given_tensors import as_transformers_loads
 from tensorpar.loading import LOADED, promises
 from tensorpar.mesh import is_initialized, tp_mesh, world
 from tensorpar.options import Options, mark
@@ -93,7 +94,7 @@ def tensor_parallelism(enabled: bool = True, **tp_config: Any) -> Iterator[None]
     Args:
         enabled: False leaves what is built inside as it is; the innermost context wins.
         tp_config: the fields of `Options`: `check_batches`, `delayed_parameter_initialization`,
-            `fused_attention`, `reproducible_dropout`, `check_replicas_every`.
+            `fused_attention`, `reproducible_dropout`, `sequence_parallel`, `check_replicas_every`.
 
     Raises:
         RuntimeError: before `init`.
@@ -141,7 +142,7 @@ def _watching() -> Iterator[None]:
         register_module_parameter_registration_hook(_on_parameter),  # type: ignore[arg-type]
     )
     try:
-        watcher = hf_compat.Watcher(_on_finished_model, _on_failed_load, _promises, _fuses)
+        watcher = hf_compat.Watcher(_on_finished_model, _on_failed_load, _promises, _given, _fuses)
         with hf_compat.watch_construction(watcher):
             yield
     finally:
@@ -179,6 +180,11 @@ def _fuses(module_cls: type) -> bool:
 def _promises() -> Callable[[Sequence[str]], dict[str, Any]] | None:
     options = _options.get()
     return promises if options is not None and options.enabled else None
+
+
+def _given() -> Callable[[nn.Module, Any], dict[str, Any]] | None:
+    options = _options.get()
+    return as_transformers_loads if options is not None and options.enabled else None
 
 
 def _on_failed_load(error: Exception) -> None:

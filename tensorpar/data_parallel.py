@@ -144,7 +144,8 @@ def _refuse_classic_ddp(parent: nn.Module, _name: str, child: nn.Module | None) 
         raise ValueError(
             f"DistributedDataParallel of a tensor-parallel {type(child).__name__}, required: "
             'tensorpar.DistributedModel(model, data_parallel="replicate") or '
-            "torch.distributed.fsdp.fully_shard(model, mesh=tensorpar.dp_mesh())"
+            "torch.distributed.fsdp.fully_shard(model, mesh=tensorpar.dp_mesh()); in place of "
+            "Transformers' Trainer and accelerate's Accelerator, those of tensorpar.trainer"
         )
 
 

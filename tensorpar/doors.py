@@ -1,11 +1,11 @@
 """A module's doors: where replicated activations enter a parallel region, and leave it.
 
-On entering, the named forward arguments pass the copy region, once, so that the column layers
-inside are purely local; attention masks that differ between heads are cut to this rank's. From a
-column layer's output on, while training with dropout, ranks compute different things: the default
-generator is forked to this rank's own stream, or under `reproducible_dropout` whole masks are
-drawn. That ends at the module's row layer, whose output is replicated again, or at the module's end
-where it has none.
+On entering, the named forward arguments pass the copy region (of a split sequence, they are
+gathered), once, so that the column layers inside are purely local; attention masks that differ
+between heads are cut to this rank's. From a column layer's output on, while training with dropout,
+ranks compute different things: the default generator is forked to this rank's own stream, or under
+`reproducible_dropout` whole masks are drawn. That ends at the module's row layer, whose output is
+replicated or rows of a sequence again, or at the module's end where it has none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar import hf_compat
-from tensorpar.collectives import copy_region
 from tensorpar.guard import note_activation
 from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.parameters import mix_in
@@ -28,6 +27,7 @@ from tensorpar.partition import chunk_bounds
 from tensorpar.random import Fork
 from tensorpar.region import close_region, inside_region, open_region
 from tensorpar.reproducible import Share, WholeMasks, refuse_unknown_order
+from tensorpar.rows import current_rows, enter_region
 
 #: forward arguments `[batch, heads or 1, queries, keys]` of attention modules.
 MASKS = ("attention_mask", "encoder_attention_mask")
@@ -110,9 +110,8 @@ class Door:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: copy regions on the named arguments, own heads of the masks."""
         args_list, kwargs = list(args), dict(kwargs)
-        self._note(module, {**dict(zip(self._arguments, args, strict=False)), **kwargs})
         for places, change in (
-            (self._places, lambda x: copy_region(x, self.mesh)),
+            (self._places, lambda x: enter_region(x, self.mesh)),
             (self._seen, self._own_heads),
         ):
             for place, name in places:
@@ -121,13 +120,15 @@ class Door:
                 value = args_list[place] if place < len(args_list) else kwargs.get(name)
                 if isinstance(value, Tensor):
                     holder[key] = change(value)
+        self._note(module, {**dict(zip(self._arguments, args_list, strict=False)), **kwargs})
         if self._places:
             open_region(self.mesh)
         return tuple(args_list), kwargs
 
     def _note(self, module: nn.Module, given: dict[str, Any]) -> None:
         """Tell the guard what enters; without named arguments, all that is replicated here."""
-        names = [name for _, name in self._places] or ([] if inside_region() else list(given))
+        is_common = not inside_region() and current_rows() is None
+        names = [name for _, name in self._places] or (list(given) if is_common else [])
         for name in names:
             if isinstance(given.get(name), Tensor):
                 note_activation(module, name, given[name])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tensorpar.parameters import stored_name
 from tensorpar.rendezvous import rendezvous
 
 TIMEOUT = timedelta(seconds=300)
@@ -71,13 +72,13 @@ def tensorpar_layout(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[st
 
 
 def annotated(model: nn.Module) -> Iterator[tuple[str, Any, Mapping[str, int]]]:
-    """Name, `Layout` and axis sizes of every parameter that a plan has laid out."""
+    """Name in `state_dict`, `Layout` and axis sizes of every parameter that a plan has laid out."""
     for path, module in model.named_modules(remove_duplicate=False):
         layouts = module.__dict__.get("layouts")
         for name in layouts or ():
             if module._parameters.get(name) is not None:
                 key = f"{path}.{name}" if path else name
-                yield key, layouts[name], module.__dict__["axis_sizes"]
+                yield stored_name(key), layouts[name], module.__dict__["axis_sizes"]
 
 
 def load_full(model: nn.Module, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.agreement import differing
+from tensorpar.compiling import runs_uncompiled
+from tensorpar.current import Current
 from tensorpar.parameters import local, shard_dim
 
 #: what to do about the first thing that differs, by its kind.
@@ -84,8 +85,8 @@ class Generation:
     tokens: Tensor | None = None
 
 
-_notes: ContextVar[Notes | None] = ContextVar("guard_notes", default=None)
-_generation: ContextVar[Generation | None] = ContextVar("guarded_generation", default=None)
+_notes: Current[Notes | None] = Current(None)
+_generation: Current[Generation | None] = Current(None)
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -107,7 +108,13 @@ def fingerprint(tensor: Tensor) -> Tensor:
 def note_activation(module: object, name: str, value: Tensor) -> None:
     """A replicated tensor enters a module; noted only while a forward is being checked."""
     notes = _notes.get()
-    if notes is not None and module in notes.paths:
+    if notes is not None:
+        _note_activation(notes, module, name, value)
+
+
+@runs_uncompiled
+def _note_activation(notes: Notes, module: object, name: str, value: Tensor) -> None:
+    if module in notes.paths:
         notes.add("activation", f"{name} entering {notes.paths[module] or 'the model'}", value)
 
 

@@ -60,13 +60,18 @@ class Watcher:
             `post_init`, after initialisation and tying, or, if it is loaded, when
             `from_pretrained` returns.
         failed: called with the exception when `from_pretrained` raises; the exception goes on.
-        promises: makes of checkpoint files the state dict to load; None to load as ever.
-        fuses: whether a class that Transformers has no sdpa for gets one, and may be asked to.
+        promises: makes of checkpoint files the state dict that a model under construction is to
+            be loaded from; None where it is loaded as Transformers does it.
+        given: makes of a state dict that a model under construction is given the one that
+            Transformers can load; None where it is loaded as it is.
+        fuses: whether a class that Transformers has no sdpa for gets one; asking for it is then
+            no error.
     """
 
     finished: Callable[[nn.Module], None]
     failed: Callable[[Exception], None]
     promises: Callable[[], Callable[[Sequence[str]], dict[str, Any]] | None]
+    given: Callable[[], Callable[[nn.Module, Any], dict[str, Any]] | None]
     fuses: Callable[[type], bool]
 
 
@@ -146,8 +151,11 @@ def _watched_load(load: Callable[..., Any], loading: threading.local) -> Callabl
     def watched_load(
         model: Any, state_dict: Any, files: Any, how: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        made = [w.promises() for w in tuple(_watchers)] if loading.depth == 1 else []
-        promises = next(filter(None, made), None)
+        watchers = tuple(_watchers) if loading.depth == 1 else ()
+        promises = next(filter(None, (w.promises() for w in watchers)), None)
+        given = next(filter(None, (w.given() for w in watchers)), None)
+        if given is not None and state_dict is not None:
+            state_dict = given(model, state_dict)
         if promises is None:
             return load(model, state_dict, files, how, *args, **kwargs)
         _refuse_placement(how)
@@ -306,12 +314,6 @@ def stale_weights(variant: str | None) -> Callable[[str], bool]:
         rf"model{marked}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{marked}\.json"
     )
     return lambda file: name.fullmatch(file) is not None
-
-
-def records_attentions(model: Any, given: dict[str, Any]) -> bool:
-    """Whether this forward call asks for attention weights."""
-    asked = given.get("output_attentions")
-    return bool(model.config.output_attentions if asked is None else asked)
 
 
 def returns_dict(model: Any, kwargs: dict[str, Any]) -> bool:

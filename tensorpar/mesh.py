@@ -54,8 +54,9 @@ def init(
         timeout: how long a collective waits for a rank before it fails.
 
     Raises:
-        ValueError: a key, type or value is wrong, or the world size is not a multiple of the
-            degree. Nothing has been started then, but a process group the launcher asked for.
+        ValueError: a key, type or value is wrong, the world size is not a multiple of the degree,
+            or torchrun on several nodes may restart but could not (see `docs/launching.md`).
+            Nothing has been started then, but a process group the launcher asked for.
     """
     global _world
     chosen = _read_config(config, tensor_parallel_degree)
@@ -133,6 +134,7 @@ def _start_process_group(device_type: str, timeout: timedelta) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        _require_a_store_for_each_life()
         dist.init_process_group(backend, timeout=timeout)
         return
     # torchrun on one node hands a restarted group the store of the one that died, whose addresses
@@ -140,6 +142,18 @@ def _start_process_group(device_type: str, timeout: timedelta) -> None:
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     life = PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=life, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _require_a_store_for_each_life() -> None:
+    """Refuse a run on several nodes whose first restart would meet the dead ranks' addresses."""
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if max_restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"max_restarts = {max_restarts} on {os.environ['GROUP_WORLD_SIZE']} nodes, required: "
+            "a new store for each restart, or ranks would wait for those that died "
+            "(pytorch/pytorch#135712); set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node and "
+            "use --rdzv-backend=c10d, or pass --max-restarts=0"
+        )
 
 
 def _make_mesh(config: Config, device_type: str) -> DeviceMesh:

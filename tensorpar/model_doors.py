@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.collectives import gather_region
+from tensorpar.compiling import runs_uncompiled
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
-from tensorpar.nn.fused import recording_attentions
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
+from tensorpar.rows import whole_again
 
 #: for how many forwards of a model the content of the batch is compared, not only its shape.
 CONTENT_STEPS = 10
@@ -106,6 +107,7 @@ class ModelDoor:
         model.register_forward_pre_hook(door.open, prepend=True, with_kwargs=True)
         model.register_forward_hook(door.close, always_call=True)
 
+    @runs_uncompiled
     def open(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -122,7 +124,7 @@ class ModelDoor:
         forward = _Forward(ExitStack(), not _inside.get(), as_tuple)
         self._forwards.append(forward)
         forward.contexts.callback(end_forward, begin_forward())
-        if is_hf and model._parameters:  # its class stays its own, so nothing is mixed in
+        if is_hf and model._parameters:  # no `LocalParameters`: a model's forward is left alone
             shelf = model._parameters
             model.__dict__["_parameters"] = plain_shelf(shelf)
             forward.contexts.callback(model.__dict__.__setitem__, "_parameters", shelf)
@@ -131,8 +133,6 @@ class ModelDoor:
             self._enter_outermost(model, given, forward.contexts)
         if given.get("labels") is not None:
             forward.contexts.enter_context(ShardedLoss())
-        if is_hf and hf_compat.records_attentions(model, given):
-            forward.contexts.enter_context(recording_attentions())
         return args, {**kwargs, "return_dict": True} if asks_for_dict else kwargs
 
     def _enter_outermost(
@@ -154,16 +154,20 @@ class ModelDoor:
         """
         content = self._steps < CONTENT_STEPS or get_debug_level() == DebugLevel.DETAIL
         facts = argument_facts(given, content=content)
+        # both decide which collectives follow
+        facts["model.training"], facts["gradients"] = training, torch.is_grad_enabled()
         if content and training:
             facts["torch's random state"] = f"crc {checksum(torch.get_rng_state()):08x}"
         self._steps += 1
         require_agreement(
             facts,
             self.mesh,
-            "tp ranks were fed different batches or seeded differently; shard data by dp_rank and "
-            "call torch.manual_seed alike on all tp ranks",
+            "tp ranks were fed different batches or seeded differently; shard data by dp_rank (as "
+            "Trainer and Accelerator of tensorpar.trainer do) and call torch.manual_seed alike on "
+            "all tp ranks",
         )
 
+    @runs_uncompiled
     def close(self, model: nn.Module, _args: object, output: Any) -> Any:
         """Forward hook, run after an exception too: make outputs whole, leave the contexts."""
         forward = self._forwards.pop()
@@ -178,6 +182,7 @@ class ModelDoor:
         if hf_compat.is_model(model) and isinstance(output, dict):
             if self._records_attentions:
                 self._gather_attentions(model, output)
+                _join_hidden_states(output)
             if forward.is_outermost and not model.training:
                 _gather_logits(output)
         return output
@@ -195,6 +200,12 @@ class ModelDoor:
                     None if a is None else gather_region(a[:, :held], 1, heads, self.mesh)
                     for a in recorded
                 )
+
+
+def _join_hidden_states(output: dict[str, Any]) -> None:
+    """Hidden states that were recorded while the sequence was split become whole."""
+    if recorded := output.get("hidden_states"):
+        output["hidden_states"] = tuple(None if x is None else whole_again(x) for x in recorded)
 
 
 def _gather_logits(output: dict[str, Any]) -> None:

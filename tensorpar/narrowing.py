@@ -29,7 +29,7 @@ from tensorpar.parameters import local_shard, mix_in, parameter
 from tensorpar.partition import chunk_bounds, chunk_sizes
 from tensorpar.promise import origin_of
 from tensorpar.region import LocalParameters
-from tensorpar.registry import Plan
+from tensorpar.registry import Plan, find
 from tensorpar.styles import Column, Layout, OwnParameter, Row, Style
 
 
@@ -174,6 +174,20 @@ class Narrowing:
                 "work on the MLPs and the vocabulary only",
                 stacklevel=3,
             )
+
+
+def planned_layouts(model: nn.Module) -> dict[str, Layout]:
+    """The layouts that parameters of a model will have when it is parallel, by their names."""
+    layouts: dict[nn.Parameter | None, Layout] = {}
+    for module in model.modules():
+        if isinstance(plan := find(type(module)), Plan):
+            for name, style in plan.children.items():
+                if isinstance(style, OwnParameter):
+                    layouts[module._parameters[name]] = style.layouts[""]
+            for child, style in _children(module, plan).values():
+                layouts |= {child._parameters.get(name): x for name, x in style.layouts.items()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: layouts[parameter] for name, parameter in named if parameter in layouts}
 
 
 def check(module: nn.Module, plan: Plan) -> None:

@@ -29,7 +29,7 @@ from tensorpar.gathering import TIMEOUT, hf_layout, tensorpar_layout, whole_tens
 from tensorpar.mesh import world
 from tensorpar.model import DistributedModel
 from tensorpar.moments import CANNOT_FOLLOW, OptimizerState, has_names, is_moment, read
-from tensorpar.parameters import local
+from tensorpar.parameters import local, stored_parameters
 from tensorpar.problems import refuse
 from tensorpar.recognition import recognise
 from tensorpar.rendezvous import rendezvous
@@ -164,7 +164,7 @@ def _inside(model: nn.Module) -> nn.Module:
 
 def _parameters(module: nn.Module, optimizer: Optimizer) -> Parameters:
     """The optimizer's parameters in its order, under the model's names for them."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): name for name, parameter in stored_parameters(module)}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if foreign := [tuple(p.shape) for p in held if id(p) not in names]:
         raise ValueError(
@@ -207,10 +207,10 @@ def _require_same_state(own: OptimizerState) -> None:
 
 def _under_own_names(module: nn.Module, given: OptimizerState) -> OptimizerState:
     """A tied parameter has several names; the model's first one for it counts."""
-    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    first = {id(parameter): name for name, parameter in stored_parameters(module)}
     own = {
         name: first[id(parameter)]
-        for name, parameter in module.named_parameters(remove_duplicate=False)
+        for name, parameter in stored_parameters(module, remove_duplicate=False)
     }
     groups = [
         {**group, "params": [own.get(name, name) for name in group["params"]]}

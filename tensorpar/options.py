@@ -24,6 +24,10 @@ class Options:
             attention with dropout is computed in the open, `[batch, heads, queries, keys]`
             allocated. Defined against Transformers' eager attention, and sdpa on the CPU; refused
             with kernels whose order of draws is not known (sdpa on GPUs, flash, flex).
+        sequence_parallel: in training, between the parallel regions each rank keeps some positions
+            of the sequence only: the residual stream, its norms and dropout. All-gathers and
+            reduce-scatters of the same volume take the place of the all-reduces. Not together
+            with `reproducible_dropout`.
         check_replicas_every: every so many forwards, check that what tensor-parallel ranks must
             have in common is the same, and raise on all of them, naming what differs first; 0 for
             never.
@@ -34,14 +38,22 @@ class Options:
     delayed_parameter_initialization: bool = False
     fused_attention: bool = True
     reproducible_dropout: bool = False
+    sequence_parallel: bool = False
     check_replicas_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.reproducible_dropout:
+            raise ValueError(
+                "sequence_parallel = True with reproducible_dropout = True, required: one of them; "
+                "ranks that hold some positions each draw masks for these alone"
+            )
 
     @classmethod
     def of(cls, enabled: bool, given: dict[str, Any], **defaults: Any) -> Options:
         """Options from keyword arguments.
 
         Raises:
-            ValueError: unknown names, or a negative count.
+            ValueError: unknown names, a negative count, or two that exclude each other.
             TypeError: a value of the wrong type.
         """
         kinds = {field.name: type(field.default) for field in fields(cls)}

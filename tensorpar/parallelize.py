@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
+from tensorpar.foreign_shards import refuse_foreign_shards
 from tensorpar.loading import LOADED, Keeper, fact
 from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
@@ -33,6 +34,7 @@ from tensorpar.replace import replace_children
 from tensorpar.reproducible import refuse_unknown_order
 from tensorpar.resizing import bind_resizing
 from tensorpar.saving import bind
+from tensorpar.sequence import StreamDoor, require_splittable
 
 
 def parallelize(
@@ -53,11 +55,13 @@ def parallelize(
     Raises:
         RuntimeError: before `init`.
         AttributeError: a plan names a class, child, attribute or argument that is not there.
-        ValueError: the ranks' models differ, a size does not fit its plan, or
-            `reproducible_dropout` is asked of an attention whose draws are not known.
+        ValueError: the ranks' models differ, a size does not fit its plan,
+            `reproducible_dropout` is asked of an attention whose draws are not known, or
+            `sequence_parallel` of a model whose sequence cannot be split.
     """
     mesh = mesh or tp_mesh()
     options = options or Options()
+    require_splittable(model, effective(model, options))
     _refuse_unknown_kernels(model, options, mesh)
     _require_same_model(model, mesh)
     for module in model.modules():
@@ -114,6 +118,9 @@ def _cut(model: nn.Module, mesh: DeviceMesh, options: Options, *, root: nn.Modul
     keeper.close()
     narrowing.warn_of_idle_ranks()
     fill(model, mesh, narrowing.fresh)
+    for module, plan in plans.items():
+        if plan.stream is not None and chosen[module].sequence_parallel and mesh.size() > 1:
+            StreamDoor.hang(module, plan.stream, mesh)
     _hang_doors(root, chosen, mesh)
 
 
@@ -148,6 +155,9 @@ def _hang_doors(
             ModelDoor.hang(
                 module, mesh, check_batches=own.check_batches, check_replicas_every=every
             )
+        if module is root and "_tensorpar_guarded" not in module.__dict__:
+            module.__dict__["_tensorpar_guarded"] = True
+            module.register_load_state_dict_pre_hook(refuse_foreign_shards)
         if hf_compat.is_model(module):
             bind(module)
             bind_resizing(module, root or module)

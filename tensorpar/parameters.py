@@ -7,16 +7,30 @@ No activation is one: a forward takes `local(parameter)` and calls plain kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tensorpar.partition import shard
+
+
+def stored_name(path: str) -> str:
+    """The name that `state_dict` has for a path: torch's checkpoint wrapper is not a part of it."""
+    return path.replace(_CHECKPOINT_PREFIX, "")
+
+
+def stored_parameters(
+    module: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters` under the names that `state_dict` has for them."""
+    for name, parameter in module.named_parameters(remove_duplicate=remove_duplicate):
+        yield stored_name(name), parameter
 
 
 def placement(dim: int | None) -> Placement:
@@ -78,16 +92,25 @@ def shard_in_place(module: nn.Module, dims: Mapping[str, int | None], mesh: Devi
             module._parameters[name] = parameter(shard, mesh, dim, full.shape)
 
 
-#: an entry lives as long as its class: classes made in a loop are not kept.
-_mixtures: WeakValueDictionary[tuple[type, ...], type] = WeakValueDictionary()
+#: by class and mixin; no class is kept by its entry, since users make them in loops.
+_mixtures: WeakKeyDictionary[type, WeakValueDictionary[type, type]] = WeakKeyDictionary()
 
 C = TypeVar("C", bound=type)
 
 
 def mixture(cls: C) -> C:
     """Class decorator: `cls` is what `mix_in` makes of its first base (the mixin) and second."""
-    _mixtures[cls.__bases__] = cls
+    mixin, base = cls.__bases__
+    _mixtures.setdefault(base, WeakValueDictionary())[mixin] = cls
     return cls
+
+
+class OwnMethods:
+    """Mixed into the class of a model, which keeps its name; calling that class gives a plain one.
+
+    Methods rather than attributes of the instance: those would hold what they are bound to, and a
+    model that is dropped would keep its memory until the garbage collector comes by.
+    """
 
 
 def mix_in(module: nn.Module, mixin: type) -> None:
@@ -95,16 +118,26 @@ def mix_in(module: nn.Module, mixin: type) -> None:
     base = type(module)
     if issubclass(base, mixin):
         return
-    if (mixed := _mixtures.get((mixin, base))) is None:
-        namespace = {
+    known = _mixtures.setdefault(base, WeakValueDictionary())
+    if (mixed := known.get(mixin)) is None:
+        namespace: dict[str, Any] = {
             "__module__": base.__module__,
             "__doc__": base.__doc__,
             "__reduce_ex__": _reduce,
             "_tensorpar_mixture": True,
         }
-        mixed = type(f"{mixin.__name__}{base.__name__}", (mixin, base), namespace)
-        _mixtures[mixin, base] = mixed
+        name = f"{mixin.__name__}{base.__name__}"
+        if issubclass(mixin, OwnMethods):
+            name = base.__name__
+            namespace |= {"__qualname__": base.__qualname__, "__new__": _plain_instance}
+        mixed = type(name, (mixin, base), namespace)
+        known[mixin] = mixed
     module.__class__ = mixed
+
+
+def _plain_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """`type(model)(config)` is what it would be if `model` were not parallel."""
+    return next(c for c in cls.__mro__ if not issubclass(c, OwnMethods))(*args, **kwargs)
 
 
 def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:

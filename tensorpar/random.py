@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tensorpar.compiling import runs_uncompiled
+
 _MASK = (1 << 64) - 1
 
 
@@ -54,8 +56,11 @@ class Fork:
 
         Does nothing inside the fork, so that each of several layers may open it.
         """
-        if self._saved is not None:
-            return
+        if self._saved is None:
+            self._enter(rank)
+
+    @runs_uncompiled
+    def _enter(self, rank: int) -> None:
         seed = mix(draw_seed(), rank)
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         self._saved = torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
@@ -67,9 +72,11 @@ class Fork:
 
     def leave(self) -> None:
         """Return to the common stream where `enter` left it."""
-        if self._saved is None:
-            return
-        cpu, cuda = self._saved
+        if self._saved is not None:
+            self._leave(*self._saved)
+
+    @runs_uncompiled
+    def _leave(self, cpu: torch.Tensor, cuda: torch.Tensor | None) -> None:
         self._saved = None
         if self._parts:
             _entered.remove(self)
@@ -77,6 +84,7 @@ class Fork:
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
 
+    @runs_uncompiled
     def exchange(self) -> None:
         """Step out of an entered fork, or back in; each stream goes on where it was left."""
         assert self._saved is not None

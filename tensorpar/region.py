@@ -2,22 +2,28 @@
 
 A region opens at a module's door or at a column layer's output, and closes at the row layer that
 sums it up. Inside, ranks compute different things, so a replicated parameter used there (a norm on
-the heads, say) sees a part of its gradient on each rank: the parts are summed in backward.
+the heads, say) sees a part of its gradient on each rank: the parts are summed in backward. The same
+holds between regions while the sequence is split, where each rank sees some of the rows.
 """
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tensorpar.collectives import copy_region
+from tensorpar.collectives import copy_region, copy_together
+from tensorpar.current import Current
 from tensorpar.parameters import local, shard_dim
+from tensorpar.rows import current_rows
 
-_open: ContextVar[DeviceMesh | None] = ContextVar("parallel_region", default=None)
+_open: Current[DeviceMesh | None] = Current(None)
 
 
 def open_region(mesh: DeviceMesh) -> None:
@@ -26,32 +32,68 @@ def open_region(mesh: DeviceMesh) -> None:
 
 
 def close_region() -> None:
-    """From here on, activations are the same on all ranks."""
+    """From here on, activations are the same on all ranks, or rows of one split sequence."""
     _open.set(None)
 
 
 def inside_region() -> bool:
-    """Whether activations belong to this rank alone."""
+    """Whether activations are computed from this rank's shards alone."""
     return _open.get() is not None
 
 
 def plain(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as a plain local tensor whose gradient is whole, wherever it is used."""
-    mesh = _open.get()
+    copies = _copies.get()
+    if copies and (copy := copies.get(id(parameter))) is not None:
+        return copy
+    mesh, rows = _open.get(), current_rows()
+    if mesh is None and rows is not None:
+        mesh = rows.mesh
     if mesh is None or shard_dim(parameter) is not None:
         return local(parameter)
     return copy_region(local(parameter), mesh)
 
 
-_computing: ContextVar[bool] = ContextVar("computing", default=False)
+#: parameters by identity, with the copies whose gradients are summed together.
+_copies: Current[Mapping[int, torch.Tensor]] = Current(MappingProxyType({}))
 
 
-def begin_forward() -> Token[bool]:
+@contextmanager
+def summing_together(module: nn.Module) -> Iterator[None]:
+    """Within a module's forward on rows: its replicated parameters' gradients share an all-reduce.
+
+    What FSDP2 has not gathered yet, for a module inside that it was given by itself, is summed
+    where it is used.
+    """
+    rows = current_rows()
+    if rows is None or not torch.is_grad_enabled():
+        yield
+        return
+    shared = [
+        p
+        for p in module.parameters()
+        if isinstance(p, DTensor)
+        and p.requires_grad
+        and p.device_mesh.ndim == 1
+        and shard_dim(p) is None
+    ]
+    copies = copy_together([local(p) for p in shared], rows.mesh)
+    token = _copies.set({id(p): copy for p, copy in zip(shared, copies, strict=True)})
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
+_computing = Current(False)
+
+
+def begin_forward() -> bool:
     """From here on replicated parameters read plain, from outside their module too."""
     return _computing.set(True)
 
 
-def end_forward(token: Token[bool]) -> None:
+def end_forward(token: bool) -> None:
     """Back to what was before `begin_forward`."""
     _computing.reset(token)
 

@@ -18,6 +18,24 @@ from tensorpar.styles import Style
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Where a model's sequence may be split: `sequence_parallel=True`.
+
+    It is split before the first block and whole again after the norm, or the last block. Between
+    the blocks' regions every position must be computed by itself, from activations
+    `[batch, sequence, ...]` that a block takes as its first argument and returns, alone or as the
+    first of a tuple.
+
+    Args:
+        blocks: the module's child that lists its blocks.
+        norm: the child that the last block's output passes next, if there is one.
+    """
+
+    blocks: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is known of one module class.
 
@@ -28,6 +46,7 @@ class Plan:
         mixin: a class mixed in front of the module's own, whose forward it replaces: where the
             maths must change. It enters the parallel region itself.
         fused: a class mixed in front whose attention is fused, unless that is switched off.
+        stream: where the sequence may be split, in a module that lists a model's blocks.
         at: where state dicts keep instances, as the end of the module path (`"h.*.attn"`), with
             the attributes that instances there have. What no module is at hand for, translation,
             reads these.
@@ -38,6 +57,7 @@ class Plan:
     enter: tuple[str, ...] = ()
     mixin: type | None = None
     fused: type | None = None
+    stream: Stream | None = None
     at: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -63,6 +83,7 @@ def register(
     enter: tuple[str, ...] = (),
     mixin: type | None = None,
     fused: type | None = None,
+    stream: Stream | None = None,
     at: Mapping[str, Mapping[str, Any]] | None = None,
     **children: Style,
 ) -> None:
@@ -78,6 +99,8 @@ def register(
             parameters count as used outside the sharded part.
         mixin: a class whose forward replaces the module's own, where its maths must change.
         fused: a class whose attention maths does, unless `fused_attention=False`.
+        stream: where the sequence may be split, in a module that lists a model's blocks. A `mixin`
+            within them enters and leaves its regions by `tensorpar.rows`.
         at: where a state dict keeps instances; only translation without a model needs it.
         children: style by child name: `qkv=Column(blocks=3, heads="num_heads")`. A double
             underscore stands for a dot: `output__dense=Row()`.
@@ -89,10 +112,10 @@ def register(
     for name, style in children.items():
         if not isinstance(style, Style):
             raise TypeError(f"{name} = {style!r}, required: Column(), Row() or VocabParallel()")
-    if not children and fused is None:
+    if not children and fused is None and stream is None:
         raise ValueError(f"{_name(module)}: no children, required: at least one child=Style()")
     named = {name.replace("__", "."): style for name, style in children.items()}
-    _add(module, Plan(named, divide, enter, mixin, fused, at or {}))
+    _add(module, Plan(named, divide, enter, mixin, fused, stream, at or {}))
 
 
 def tp_register_with_module(

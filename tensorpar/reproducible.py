@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -25,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
+from tensorpar.current import Current
 from tensorpar.parameters import shard_dim
 from tensorpar.partition import chunk_bounds
 
@@ -42,8 +42,8 @@ _REFUSED: dict[Callable[..., Any], str] = {
     for name in names
 }
 
-_answering: ContextVar[bool] = ContextVar("answering_dropout", default=False)
-_num_modes: ContextVar[int] = ContextVar("whole_masks", default=0)
+_answering = Current(False)
+_num_modes = Current(0)
 
 
 def reproducing() -> bool:

@@ -7,6 +7,7 @@ result. It is done rarely and on few tensors, so the memory of one full embeddin
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from tensorpar.agreement import checksum, require_agreement
-from tensorpar.bound import Bound
 from tensorpar.empty_shards import answer_empty_shards
 from tensorpar.mesh import tp_mesh
 from tensorpar.narrowing import Narrowing
 from tensorpar.nn.vocabulary import VocabParallelHead
-from tensorpar.parameters import shard_dim
+from tensorpar.parameters import OwnMethods, mix_in, shard_dim
 from tensorpar.styles import VocabParallel
 
 #: a module and the name of one of its parameters.
@@ -34,56 +34,81 @@ def bind_resizing(model: nn.Module, root: nn.Module) -> None:
 
     `root` is remembered because a parameter of an inner model may be tied to one outside it.
     """
-    known = model.__dict__.get("_tensorpar_root")
-    if known is None or any(module is known for module in root.modules()):
-        model.__dict__["_tensorpar_root"] = root
-    model.__dict__["resize_token_embeddings"] = Bound(resize_token_embeddings, model)
+    known = _root(model)
+    if known is model or any(module is known for module in root.modules()):
+        model.__dict__["_tensorpar_root"] = Outside(root)
+    mix_in(model, Resizable)
 
 
-def resize_token_embeddings(
-    self: Any,
-    new_num_tokens: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    mean_resizing: bool = True,
-) -> nn.Module:
-    """`PreTrainedModel.resize_token_embeddings`; collective over the tensor-parallel ranks.
-
-    Values, ties and `config.vocab_size` are those of one process with the same random state; the
-    new size need not divide. Embedding, head and its bias get new parameters: build the optimizer
-    afterwards.
+class Outside:
+    """What holds a module, which must not hold it in turn; copied and pickled with it.
 
     Args:
-        self: the parallel model.
-        new_num_tokens: the new size of the vocabulary; None keeps it.
-        pad_to_multiple_of: round the size up to a multiple of this.
-        mean_resizing: draw new rows around the mean of the old ones.
-
-    Returns:
-        The input embedding, the same module as before.
-
-    Raises:
-        ValueError: the ranks' arguments or random states differ; on every rank, and nothing has
-            changed.
+        module: the outer one; None where it is gone, or was not copied with the inner one.
     """
-    if new_num_tokens is None and pad_to_multiple_of is None:
-        return self.get_input_embeddings()
-    mesh = tp_mesh()
-    facts = {
-        "new_num_tokens": new_num_tokens,
-        "pad_to_multiple_of": pad_to_multiple_of,
-        "mean_resizing": mean_resizing,
-        "torch's random state": f"crc {checksum(torch.get_rng_state()):08x}",
-    }
-    require_agreement(
-        facts,
-        mesh,
-        "tp ranks would resize the vocabulary differently; pass the same arguments and call "
-        "torch.manual_seed alike on all tp ranks",
-    )
-    with whole_vocabulary(self.__dict__["_tensorpar_root"], mesh):
-        return type(self).resize_token_embeddings(
-            self, new_num_tokens, pad_to_multiple_of, mean_resizing
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module = (lambda: None) if module is None else weakref.ref(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Outside:
+        return Outside(memo.get(id(self.module())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Outside, (self.module(),)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    outside = model.__dict__.get("_tensorpar_root")
+    return model if outside is None else outside.module() or model
+
+
+class Resizable(OwnMethods):
+    """Mixed into the class of a parallel Transformers model."""
+
+    def resize_token_embeddings(
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """`PreTrainedModel.resize_token_embeddings`; collective over the tensor-parallel ranks.
+
+        Values, ties and `config.vocab_size` are those of one process with the same random state;
+        the new size need not divide. Embedding, head and its bias get new parameters: build the
+        optimizer afterwards.
+
+        Args:
+            self: the parallel model.
+            new_num_tokens: the new size of the vocabulary; None keeps it.
+            pad_to_multiple_of: round the size up to a multiple of this.
+            mean_resizing: draw new rows around the mean of the old ones.
+
+        Returns:
+            The input embedding, the same module as before.
+
+        Raises:
+            ValueError: the ranks' arguments or random states differ; on every rank, and nothing has
+                changed.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        mesh = tp_mesh()
+        facts = {
+            "new_num_tokens": new_num_tokens,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "mean_resizing": mean_resizing,
+            "torch's random state": f"crc {checksum(torch.get_rng_state()):08x}",
+        }
+        require_agreement(
+            facts,
+            mesh,
+            "tp ranks would resize the vocabulary differently; pass the same arguments and call "
+            "torch.manual_seed alike on all tp ranks",
         )
+        with whole_vocabulary(_root(self), mesh):
+            return super().resize_token_embeddings(  # type: ignore[misc]
+                new_num_tokens, pad_to_multiple_of, mean_resizing
+            )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a parallel Transformers model does differently when asked to save itself or to generate.
 
-The class of a Transformers model is never changed; these are bound to the instance instead.
+The class of such a model is its own one with these methods in front, under the same name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
-from tensorpar.bound import Bound
 from tensorpar.collecting import Collector
 from tensorpar.files.replacing import replacing
 from tensorpar.files.writing import write_weights
 from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
+from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.promise import origin_of
 from tensorpar.rendezvous import rendezvous
 from tensorpar.replace import translate_functions
@@ -29,51 +29,56 @@ from tensorpar.replace import translate_functions
 
 def bind(model: nn.Module) -> None:
     """Give a Transformers model that has become parallel its own `save_pretrained`, `generate`."""
-    model.__dict__["save_pretrained"] = Bound(save_pretrained, model)
+    mix_in(model, SavesItself)
     if hasattr(model, "generate"):
-        model.__dict__["generate"] = Bound(generate, model)
+        mix_in(model, GeneratesAlike)
         hf_compat.make_static_caches_lazily(model)
 
 
-def save_pretrained(
-    self: Any,
-    save_directory: str | os.PathLike[str],
-    *,
-    timeout: timedelta = TIMEOUT,
-    **kwargs: Any,
-) -> None:
-    """Write an ordinary Hugging Face folder; collective over all ranks, written by rank 0.
+class SavesItself(OwnMethods):
+    """Mixed into the class of a parallel Transformers model."""
 
-    Rank 0 holds two whole tensors at a time, the others none. The folder's old files
-    are replaced when all new ones are on the disk; `tensorpar.files.replacing` says what a process
-    leaves that is killed before.
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        *,
+        timeout: timedelta = TIMEOUT,
+        **kwargs: Any,
+    ) -> None:
+        """Write an ordinary Hugging Face folder; collective over all ranks, written by rank 0.
 
-    Args:
-        self: the parallel model.
-        save_directory: the folder; made if absent.
-        timeout: how long to wait for the last rank to call this.
-        kwargs: as for `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant` and others.
+        Rank 0 holds two whole tensors at a time, the others none. The folder's old files are
+        replaced when all new ones are on the disk; `tensorpar.files.replacing` says what a process
+        leaves that is killed before.
 
-    Raises:
-        TimeoutError: a rank does not make this call in time; on all ranks that do.
-        ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
-            state dict is the model's own; or `push_to_hub` or `distributed_checkpoint`.
-        RuntimeError: rank 0 failed, for instance since the disk is full, and this is another rank;
-            rank 0 raises what it failed with. The folder is as it was.
-    """
-    _refuse(kwargs)
-    rank = rendezvous("save_pretrained", timeout)
-    tied = hf_compat.tied_names(self)
-    own = {name: x for name, x in self.state_dict(keep_vars=True).items() if name not in tied}
-    collector = Collector(own, {name: (layout, n) for name, layout, n in annotated(self)})
-    if rank == 0:
-        stale = hf_compat.stale_weights(kwargs.get("variant"))
-        with collector.leading(), replacing(save_directory, stale) as folder:
-            state_dict = _state_dict(self, collector)
-            with hf_compat.weights_written_by(write_weights):
-                type(self).save_pretrained(self, folder, state_dict=state_dict, **kwargs)
-    else:
-        collector.serve()
+        Args:
+            self: the parallel model.
+            save_directory: the folder; made if absent.
+            timeout: how long to wait for the last rank to call this.
+            kwargs: as for `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant`, ...
+
+        Raises:
+            TimeoutError: a rank does not make this call in time; on all ranks that do.
+            ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
+                state dict is the model's own; or `push_to_hub` or `distributed_checkpoint`.
+            RuntimeError: rank 0 failed, for instance since the disk is full, and this is another
+                rank; rank 0 raises what it failed with. The folder is as it was.
+        """
+        _refuse(kwargs)
+        rank = rendezvous("save_pretrained", timeout)
+        tied = hf_compat.tied_names(self)
+        own = {name: x for name, x in self.state_dict(keep_vars=True).items() if name not in tied}
+        collector = Collector(own, {name: (layout, n) for name, layout, n in annotated(self)})
+        if rank == 0:
+            stale = hf_compat.stale_weights(kwargs.get("variant"))
+            with collector.leading(), replacing(save_directory, stale) as folder:
+                state_dict = _state_dict(self, collector)
+                with hf_compat.weights_written_by(write_weights):
+                    super().save_pretrained(  # type: ignore[misc]
+                        folder, state_dict=state_dict, **kwargs
+                    )
+        else:
+            collector.serve()
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -105,25 +110,28 @@ def _state_dict(model: Any, collector: Collector) -> dict[str, torch.Tensor]:
     return whole
 
 
-def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`GenerationMixin.generate` on all tensor-parallel ranks: the same tokens on each.
+class GeneratesAlike(OwnMethods):
+    """Mixed into the class of a parallel model that generates."""
 
-    The first rank's random state is used by all, whatever their seeds; it also is what they are
-    left with, so that later dropout on replicated activations agrees.
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate` on all tensor-parallel ranks: the same tokens on each.
 
-    Raises:
-        ValueError: the ranks' arguments differ; on every rank.
-        DivergenceError: under `check_replicas_every`, the ranks' tokens or models do.
-    """
-    mesh = tp_mesh()
-    given = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
-    require_agreement(
-        argument_facts(given, content=True), mesh, "tp ranks were given different prompts"
-    )
-    if mesh.size() > 1:
-        _share_random_state(mesh)
-    with generating(self) as finished:
-        return finished(type(self).generate(self, *args, **kwargs))
+        The first rank's random state is used by all, whatever their seeds; it also is what they are
+        left with, so that later dropout on replicated activations agrees.
+
+        Raises:
+            ValueError: the ranks' arguments differ; on every rank.
+            DivergenceError: under `check_replicas_every`, the ranks' tokens or models do.
+        """
+        mesh = tp_mesh()
+        given = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+        require_agreement(
+            argument_facts(given, content=True), mesh, "tp ranks were given different prompts"
+        )
+        if mesh.size() > 1:
+            _share_random_state(mesh)
+        with generating(self) as finished:
+            return finished(super().generate(*args, **kwargs))  # type: ignore[misc]
 
 
 def _share_random_state(mesh: Any) -> None:

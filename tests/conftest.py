@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.pool import Pools
+from tests.pool import Pool
 
 pytest_plugins = ["tests.features"]
 
@@ -20,9 +20,17 @@ torch.set_num_threads(1)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests say about the machine they ran on, with `record_property("summary", ...)`."""
+    reports = (report for group in terminalreporter.stats.values() for report in group)
+    properties = (pair for report in reports for pair in getattr(report, "user_properties", ()))
+    for line in sorted({text for name, text in properties if name == "summary"}):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Pools]:
+def ranks() -> Iterator[Pool]:
     """`ranks(n).run(fn, *args)` runs a top-level function on n ranks."""
-    pools = Pools()
-    yield pools
-    pools.close()
+    pool = Pool()
+    yield pool
+    pool.close()

@@ -1,8 +1,9 @@
-"""Worker processes that stand for ranks, started once per session; a job costs milliseconds.
+"""Worker processes that stand for ranks, a world of each size; a job costs milliseconds.
 
-A world of n is made of the first n workers, over gloo and a `file://` rendezvous; its process group
-is kept for as long as jobs ask for the same n. A job that fails or takes too long ends all workers,
-and the next job starts new ones: nothing of it can leak.
+A world's workers and its process group, over gloo and a `file://` rendezvous, last from job to job.
+A job that fails or takes too long ends them, and the next job starts new ones: nothing of it can
+leak. New ones are cheap: they are forked from a server that has imported torch, Transformers and
+tensorpar, and that has started no thread and computed nothing.
 
 Only what pickle carries travels: functions by their module's path, arguments and results.
 """
@@ -30,8 +31,8 @@ START_SECONDS = 180.0
 #: how long the others may go on when a rank has failed; often they wait for it in a collective.
 GRACE_SECONDS = 3.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-#: after how many worlds workers are exchanged; gloo's threads outlive each.
-MOST_WORLDS = 20
+#: what the server imports: with what these import, nearly all that jobs need.
+PRELOADED = ["transformers.models.gpt2.modeling_gpt2", "tests.conformance.families"]
 
 Answer = tuple[str, Any]
 
@@ -44,23 +45,18 @@ class Job:
         fn: a top-level function.
         args: its arguments.
         config: of `tensorpar.init`; None leaves the process uninitialised.
-        size: the world's size.
-        rendezvous: a fresh file if the process group must be made anew, else None.
     """
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     config: dict[str, Any] | None
-    size: int
-    rendezvous: str | None
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A world of `size` ranks of a pool, with the configuration they are initialised with."""
+    """A world, with the configuration that its ranks are initialised with."""
 
-    pool: Pool
-    size: int
+    world: World
     config: dict[str, Any] | None
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -69,52 +65,38 @@ class Ranks:
         Raises:
             AssertionError: a rank raised, died or did not end in time; with what each rank did.
         """
-        answers = self.pool.run(self, fn, args, timeout)
+        answers = self.world.run(Job(fn, args, self.config), timeout)
         if all(kind == "result" for kind, _ in answers):
             return [result for _, result in answers]
         told = "\n".join(f"--- rank {rank} {kind}\n{x}" for rank, (kind, x) in enumerate(answers))
-        raise AssertionError(f"{fn.__qualname__} failed in a world of {self.size}\n{told}")
+        raise AssertionError(f"{fn.__qualname__} failed in a world of {self.world.size}\n{told}")
 
 
-class Pool:
-    """The session's workers; call it for a world: `pool(2).run(fn, ...)`."""
+class World:
+    """The workers of a process group; started when there is a job for them."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._folder = Path(tempfile.mkdtemp(prefix="tensorpar-ranks-"))
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size = size
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[tuple[Any, Any]] = []
-        self._world: int | None = None
-        self._num_worlds = self._num_held = 0
+        self._num_starts = 0
 
-    def __call__(self, size: int, *, init: bool = True, **config: Any) -> Ranks:
-        """A world of `size` ranks.
-
-        Args:
-            size: how many ranks.
-            init: whether `tensorpar.init` is called before a job.
-            config: its configuration; by default all ranks share one model and one batch.
-        """
-        config = {"tensor_parallel_degree": size, "prescaled_batch": True, **config}
-        return Ranks(self, size, config if init else None)
-
-    def run(
-        self, ranks: Ranks, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float
-    ) -> list[Answer]:
+    def run(self, job: Job, timeout: float) -> list[Answer]:
         """What every rank answers to a job; workers that did not answer well are gone."""
         answers: list[Answer] = []
-        if self._num_held >= MOST_WORLDS:
-            self.kill()
         try:
-            self._start(ranks.size)
-            job = Job(fn, args, ranks.config, ranks.size, self._new_rendezvous(ranks.size))
+            if not self._workers:
+                self._start()
             message = pickle.dumps(job)
-            for _, connection in self._workers[: ranks.size]:
+            for _, connection in self._workers:
                 connection.send_bytes(message)
-            answers = self._collect(ranks.size, timeout)
+            answers = self._collect(timeout)
         finally:
             if not answers or any(kind != "result" for kind, _ in answers):
                 self.kill()
-        if ranks.config is None:
+        if job.config is None:
             # such a job may have done anything to the process group, and torch remembers by a
             # mesh's layout groups that are gone by then
             self.kill()
@@ -126,37 +108,24 @@ class Pool:
             process.kill()
             process.join()
             connection.close()
-        self._workers, self._world, self._num_held = [], None, 0
+        self._workers = []
 
-    def close(self) -> None:
-        """End the workers and delete their files."""
-        self.kill()
-        shutil.rmtree(self._folder)
-
-    def _start(self, size: int) -> None:
-        new = range(len(self._workers), size)
-        for rank in new:
+    def _start(self) -> None:
+        self._num_starts += 1
+        rendezvous = self._folder / f"rendezvous-{self.size}-{self._num_starts}"
+        for rank in range(self.size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(
-                target=_work, args=(rank, theirs, self._stack_file(rank)), daemon=True
-            )
+            arguments = rank, self.size, rendezvous, theirs, self._stack_file(rank)
+            process = self._context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        for rank in new:
-            _, connection = self._workers[rank]
+        for rank, (_, connection) in enumerate(self._workers):
             ready = connection.poll(START_SECONDS) and _receive(connection)[0] == "result"
             assert ready, f"worker {rank} did not start within {START_SECONDS:g} s"
 
-    def _new_rendezvous(self, size: int) -> str | None:
-        if self._world == size:
-            return None
-        self._world = size
-        self._num_worlds, self._num_held = self._num_worlds + 1, self._num_held + 1
-        return str(self._folder / f"rendezvous-{self._num_worlds}")
-
-    def _collect(self, size: int, timeout: float) -> list[Answer]:
-        waiting = {self._workers[rank][1]: rank for rank in range(size)}
+    def _collect(self, timeout: float) -> list[Answer]:
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
         answers: dict[int, Answer] = {}
         deadline = time.monotonic() + timeout
         while waiting and (left := deadline - time.monotonic()) > 0:
@@ -166,7 +135,7 @@ class Pool:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         for rank in waiting.values():
             answers[rank] = f"was given up after {timeout:g} s or less, at", self._stack(rank)
-        return [answers[rank] for rank in range(size)]
+        return [answers[rank] for rank in range(self.size)]
 
     def _stack(self, rank: int) -> str:
         """Where a silent worker is, as it writes down itself when signalled."""
@@ -176,25 +145,33 @@ class Pool:
         return self._stack_file(rank).read_text()
 
     def _stack_file(self, rank: int) -> Path:
-        return self._folder / f"stack-{rank}"
+        return self._folder / f"stack-{self.size}-{rank}"
 
 
-class Pools:
-    """A pool for each size, so that worlds of different sizes last beside each other."""
+class Pool:
+    """Worlds of all sizes, which last beside each other: `pool(2).run(fn, ...)`."""
 
     def __init__(self) -> None:
-        self._pools: dict[int, Pool] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="tensorpar-ranks-"))
+        self._worlds: dict[int, World] = {}
 
-    def __call__(self, size: int, **options: Any) -> Ranks:
-        """As a pool's."""
-        if size not in self._pools:
-            self._pools[size] = Pool()
-        return self._pools[size](size, **options)
+    def __call__(self, size: int, *, init: bool = True, **config: Any) -> Ranks:
+        """A world of `size` ranks.
+
+        Args:
+            size: how many ranks.
+            init: whether `tensorpar.init` is called before a job.
+            config: its configuration; by default all ranks share one model and one batch.
+        """
+        config = {"tensor_parallel_degree": size, "prescaled_batch": True, **config}
+        world = self._worlds.setdefault(size, World(size, self._folder))
+        return Ranks(world, config if init else None)
 
     def close(self) -> None:
-        """End all workers."""
-        for pool in self._pools.values():
-            pool.close()
+        """End all workers and delete their files."""
+        for world in self._worlds.values():
+            world.kill()
+        shutil.rmtree(self._folder)
 
 
 def _receive(connection: Any) -> Answer:
@@ -205,50 +182,46 @@ def _receive(connection: Any) -> Answer:
     return answer
 
 
-def _work(rank: int, connection: Any, stack_file: Path) -> None:
+def _work(rank: int, size: int, rendezvous: Path, connection: Any, stack_file: Path) -> None:
     """A worker's life: one job after another, until the other end of the pipe closes."""
     with stack_file.open("w") as file, suppress(EOFError):
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
         import torch
 
         torch.set_num_threads(1)
-        worlds: dict[str, Any] = {}
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        meshes: dict[str, Any] = {}
         connection.send_bytes(pickle.dumps(("result", "ready")))
         while True:
             message = connection.recv_bytes()
             try:
-                answer = pickle.dumps(("result", _do(rank, message, worlds)))
+                answer = pickle.dumps(("result", _do(message, meshes)))
             except BaseException:  # the parent is told whatever it was, and ends this process
                 answer = pickle.dumps(("raised", traceback.format_exc()))
             connection.send_bytes(answer)
 
 
-def _do(rank: int, message: bytes, worlds: dict[str, Any]) -> Any:
-    """One job, from a clean state to a clean state. `worlds` keeps meshes while the group lives."""
+def _do(message: bytes, meshes: dict[str, Any]) -> Any:
+    """One job, from a clean state to a clean state; `meshes` keeps those of configurations."""
     import torch
-    import torch.distributed as dist
 
     import tensorpar
     from tensorpar import mesh
 
     job: Job = pickle.loads(message)
-    if job.rendezvous is not None:
-        worlds.clear()
-        tensorpar.shutdown()
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{job.rendezvous}",
-            rank=rank,
-            world_size=job.size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     key = repr(job.config)
-    mesh._world = worlds.get(key)
+    mesh._world = meshes.get(key)
     if job.config is not None and mesh._world is None:
         tensorpar.init(job.config)
-        worlds[key] = mesh._world
+        meshes[key] = mesh._world
     try:
         return job.fn(*job.args)
     finally:

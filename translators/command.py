@@ -1,4 +1,4 @@
-"""`tensorpar`, also `python -m tensorpar.translators`: checkpoints on disk, on one CPU.
+"""`python -m tensorpar.translators`, and these commands of `tensorpar`: checkpoints, on one CPU.
 
 No GPU and no process group is needed, and no more memory than about the largest tensor. What is
 written appears whole or not at all.
@@ -34,7 +34,12 @@ LAYOUTS: tuple[LayoutName, ...] = ("hf", "tensorpar", "smdistributed")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; 0, or 1 where checkpoints differ or something cannot be done."""
-    chosen = parser().parse_args(arguments)
+    whole, _ = parser(__doc__)
+    return run(whole.parse_args(arguments))
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Run what was parsed; an error is one line, whatever the command."""
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -50,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    whole = argparse.ArgumentParser(prog="tensorpar", description=__doc__)
+def parser(description: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The command line's grammar, and where more commands can be added."""
+    whole = argparse.ArgumentParser(prog="tensorpar", description=description)
     commands = whole.add_subparsers(required=True, metavar="command")
     _add_translate(commands)
     command = commands.add_parser("inspect", help="print layout, degree, tensors, shapes, sizes")
@@ -71,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_knowledge(command)
     command.set_defaults(run=_verify)
-    return whole
+    return whole, commands
 
 
 def _add_translate(commands: Any) -> None:

@@ -1,6 +1,6 @@
 """BERT, and the models that share its structure and names."""
 
-from tensorpar.registry import register
+from tensorpar.registry import Stream, register
 from tensorpar.styles import Column, OwnParameter, Row, VocabParallel
 
 NAME = "bert"
@@ -41,6 +41,7 @@ def register_encoder(module: str, prefix: str) -> None:
         at={"intermediate": {}},
     )
     register(f"{module}.{prefix}Output", dense=Row(), at={"layer.*.output": {}})
+    register(f"{module}.{prefix}Encoder", stream=Stream("layer"))
     register(f"{module}.{prefix}Embeddings", word_embeddings=VocabParallel(), at={"embeddings": {}})
 
 

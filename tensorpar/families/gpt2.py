@@ -1,6 +1,6 @@
 """GPT-2: every class of Hugging Face's model that holds sharded children."""
 
-from tensorpar.registry import register
+from tensorpar.registry import Stream, register
 from tensorpar.styles import Column, Row, VocabParallel
 
 NAME = "gpt2"
@@ -30,6 +30,6 @@ register(
     enter=("hidden_states",),
     at={"h.*.mlp": {}},
 )
-register(f"{MODULE}.GPT2Model", wte=VocabParallel(), at={"": {}})
+register(f"{MODULE}.GPT2Model", wte=VocabParallel(), stream=Stream("h", "ln_f"), at={"": {}})
 for head in ("GPT2LMHeadModel", "GPT2DoubleHeadsModel"):
     register(f"{MODULE}.{head}", lm_head=VocabParallel(), at={"": {}})

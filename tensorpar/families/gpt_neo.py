@@ -3,7 +3,7 @@
 import torch
 
 from tensorpar.nn.fused import FusedAttention
-from tensorpar.registry import register
+from tensorpar.registry import Stream, register
 from tensorpar.styles import Column, Row, VocabParallel
 
 NAME = "gpt_neo"
@@ -50,5 +50,5 @@ register(
     enter=("hidden_states",),
     at={"h.*.mlp": {}},
 )
-register(f"{MODULE}.GPTNeoModel", wte=VocabParallel(), at={"": {}})
+register(f"{MODULE}.GPTNeoModel", wte=VocabParallel(), stream=Stream("h", "ln_f"), at={"": {}})
 register(f"{MODULE}.GPTNeoForCausalLM", lm_head=VocabParallel(), at={"": {}})

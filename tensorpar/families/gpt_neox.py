@@ -1,6 +1,6 @@
 """GPT-NeoX: q, k and v interleaved within each head."""
 
-from tensorpar.registry import register
+from tensorpar.registry import Stream, register
 from tensorpar.styles import Column, Row, VocabParallel
 
 NAME = "gpt_neox"
@@ -21,5 +21,10 @@ register(
     enter=("hidden_states",),
     at={"layers.*.mlp": {}},
 )
-register(f"{MODULE}.GPTNeoXModel", embed_in=VocabParallel(), at={"": {}})
+register(
+    f"{MODULE}.GPTNeoXModel",
+    embed_in=VocabParallel(),
+    stream=Stream("layers", "final_layer_norm"),
+    at={"": {}},
+)
 register(f"{MODULE}.GPTNeoXForCausalLM", lm_head=VocabParallel(formerly="embed_out"), at={"": {}})

@@ -1,8 +1,9 @@
 """GPT-J: attention and MLP read the same norm and run side by side, so one all-reduce serves both.
 
 Each returns its partial sum; the residual dropouts inside them draw a common mask and are linear,
-so they may come before the sum. Forward: `reduce(attention + mlp) + residual`; backward: the copy
-region after the norm sums both branches' gradients at once.
+so they may come before the sum, on the whole sequence where it is split. Forward:
+`reduce(attention + mlp) + residual`; backward: the copy region after the norm sums both branches'
+gradients at once.
 """
 
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorpar.collectives import copy_region, reduce_region
 from tensorpar.nn.fused import FusedAttention
-from tensorpar.registry import register
+from tensorpar.registry import Stream, register
+from tensorpar.rows import enter_region, leave_region, splitting
 from tensorpar.styles import Column, Row, VocabParallel
 
 NAME = "gptj"
@@ -37,16 +38,17 @@ class ParallelBranches:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `GPTJBlock.forward`, with one all-reduce."""
-        normed = copy_region(self.ln_1(hidden_states), self.mesh)
-        attended, weights = self.attn(
-            hidden_states=normed,
-            layer_past=layer_past,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
-        )
-        branches = reduce_region(attended + self.mlp(normed), self.mesh)
-        return branches + hidden_states, weights
+        normed = enter_region(self.ln_1(hidden_states), self.mesh)
+        with splitting(None):
+            attended, weights = self.attn(
+                hidden_states=normed,
+                layer_past=layer_past,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            terms = attended + self.mlp(normed)
+        return leave_region(terms, self.mesh) + hidden_states, weights
 
 
 register(f"{MODULE}.GPTJAttention", fused=FusedAttention)
@@ -63,5 +65,5 @@ register(
     mixin=ParallelBranches,
     at={"h.*": {}},
 )
-register(f"{MODULE}.GPTJModel", wte=VocabParallel(), at={"": {}})
+register(f"{MODULE}.GPTJModel", wte=VocabParallel(), stream=Stream("h", "ln_f"), at={"": {}})
 register(f"{MODULE}.GPTJForCausalLM", lm_head=VocabParallel(), at={"": {}})

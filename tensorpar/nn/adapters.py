@@ -13,6 +13,7 @@ from tensorpar.collectives import copy_region
 from tensorpar.nn.linear import on_first_rank
 from tensorpar.parameters import local
 from tensorpar.random import Fork, common_stream
+from tensorpar.rows import enter_region
 
 
 class SummedGradient:
@@ -36,7 +37,7 @@ class SummedGradient:
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         if self.copy_input:
-            input = copy_region(input, self.mesh)
+            input = enter_region(input, self.mesh)
         bias = None if self.bias is None else on_first_rank(local(self.bias), self.mesh)
         return F.linear(input, copy_region(local(self.weight), self.mesh), bias)
 

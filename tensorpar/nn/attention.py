@@ -11,11 +11,13 @@ from einops import rearrange
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorpar.collectives import copy_region, reduce_region
+from tensorpar.collectives import copy_region
 from tensorpar.mesh import tp_mesh
 from tensorpar.parameters import local, local_shard, parameter
 from tensorpar.random import Fork
+from tensorpar.region import plain
 from tensorpar.reproducible import Share, WholeMasks
+from tensorpar.rows import enter_region, leave_region
 
 
 class ParallelAttention(nn.Module):
@@ -129,7 +131,7 @@ class ParallelAttention(nn.Module):
         Returns:
             `[batch, queries, hidden_size]`, the same on all ranks.
         """
-        x = copy_region(hidden_states, self.mesh)
+        x = enter_region(hidden_states, self.mesh)
         y = x if key_value_states is None else copy_region(key_value_states, self.mesh)
         query, key, value = self._heads("q", x), self._heads("k", y), self._heads("v", y)
         dropout = self.dropout if self.training else 0.0
@@ -144,5 +146,5 @@ class ParallelAttention(nn.Module):
                 enable_gqa=self.num_kv_heads != self.num_heads,
             )
         context = rearrange(context, "b h s d -> b s (h d)")
-        output = reduce_region(F.linear(context, local(self.out_weight).flatten(1)), self.mesh)
-        return output if self.out_bias is None else output + local(self.out_bias)
+        output = leave_region(F.linear(context, local(self.out_weight).flatten(1)), self.mesh)
+        return output if self.out_bias is None else output + plain(self.out_bias)

@@ -13,7 +13,6 @@ Two small all-reduces forward, none backward (Shoeybi et al., "Megatron-LM", 201
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tensorpar.collectives import all_reduce
+from tensorpar.compiling import leave_compiler
+from tensorpar.current import Current
 from tensorpar.parameters import shard_dim
 from tensorpar.partition import chunk_bounds
 
@@ -191,7 +192,7 @@ class ShardedLoss:
             self._mode.__enter__()
 
 
-_active_loss: ContextVar[ShardedLoss | None] = ContextVar("active_loss", default=None)
+_active_loss: Current[ShardedLoss | None] = Current(None)
 
 
 def loss_on_shards() -> bool:
@@ -199,5 +200,6 @@ def loss_on_shards() -> bool:
     loss = _active_loss.get()
     if loss is None:
         return False
+    leave_compiler()  # its idea of `CrossEntropyLoss` asks no mode
     loss.answer_cross_entropy()
     return True

@@ -8,27 +8,16 @@ reproducible, the model's own maths runs; so it does after `model.set_attn_imple
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tensorpar.current import Current
 from tensorpar.reproducible import reproducing
 
-_recording: ContextVar[bool] = ContextVar("recording_attentions", default=False)
-
-
-@contextmanager
-def recording_attentions() -> Iterator[None]:
-    """Within: attention weights are wanted, so nothing is fused."""
-    token = _recording.set(True)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
+_recording = Current(False)
 
 
 class FusedAttention:
@@ -47,6 +36,18 @@ class FusedAttention:
     is_scaled = True
     is_fused = True
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward, which fuses nothing where attention weights are wanted.
+
+        The argument tells, not what holds during the model's forward: that is over when a
+        checkpointed layer is recomputed.
+        """
+        token = _recording.set(bool(kwargs.get("output_attentions")))
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _recording.reset(token)
+
     def _attn(
         self,
         query: torch.Tensor,
@@ -58,7 +59,8 @@ class FusedAttention:
 
         The mask is additive, or boolean with True for what is seen.
         """
-        if not self.is_fused:
+        # whether a query is hidden decides which maths runs, and a graph cannot wait for data
+        if not self.is_fused or torch.compiler.is_compiling():
             return super()._attn(query, key, value, attention_mask)  # type: ignore[misc]
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(torch.float32).min

@@ -10,6 +10,9 @@ them as the weight's first dim. A column layer followed by a row layer needs one
     dgrad   dy = dz @ B_PO;  dx = all_reduce(dy @ A_OI)      (the all-reduce sits at the door)
     wgrad   dA_OI = dy.T @ x;  dB_PO = dz.T @ y;  db_P = dz  (local)
 
+While the sequence is split (`tensorpar.rows`), x and z are each rank's rows, the all-reduces become
+all-gathers and reduce-scatters, and db_P is summed over ranks.
+
 Stored weights carry one honest dim per axis, e.g. `[3, heads, head_dim, in]` for fused q|k|v, so a
 shard is always one contiguous slice; the product sees a flattened view of it.
 """
@@ -23,10 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorpar.collectives import copy_region, gather_region, reduce_region
+from tensorpar.collectives import gather_region
 from tensorpar.mesh import tp_mesh
 from tensorpar.parameters import local, mixture, shard_in_place
-from tensorpar.region import close_region, open_region
+from tensorpar.region import close_region, open_region, plain
+from tensorpar.rows import enter_region, leave_region
 
 
 def _at_least_one_head(shard: torch.Tensor, dim: int | None) -> torch.Tensor:
@@ -64,7 +68,7 @@ class ColumnParallel:
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in]`, the same on all ranks, to `[..., this rank's features]` (or all)."""
         if self.copy_input:
-            input = copy_region(input, self.mesh)
+            input = enter_region(input, self.mesh)
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(0, -2)
         bias = self.bias
         if bias is not None:
@@ -95,14 +99,17 @@ class RowParallel:
     partial: bool = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`[..., this rank's features]` to `[..., out]`, the same on all ranks unless partial."""
+        """`[..., this rank's features]` to `[..., out]`, the same on all ranks unless partial.
+
+        While the sequence is split, this rank's rows of it.
+        """
         close_region()
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
         if self.partial:
             bias = None if self.bias is None else on_first_rank(local(self.bias), self.mesh)
             return F.linear(input, weight, bias)
-        output = reduce_region(F.linear(input, weight), self.mesh)
-        return output if self.bias is None else output + local(self.bias)
+        output = leave_region(F.linear(input, weight), self.mesh)
+        return output if self.bias is None else output + plain(self.bias)
 
 
 class _OnFirstRank(torch.autograd.Function):

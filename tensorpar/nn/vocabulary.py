@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.collectives import copy_region, gather_region, reduce_region
+from tensorpar.compiling import runs_uncompiled
 from tensorpar.guard import note_activation
 from tensorpar.mesh import tp_mesh
 from tensorpar.nn.cross_entropy import loss_on_shards
@@ -49,11 +50,7 @@ class VocabParallel:
                 every rank raises.
         """
         if input.device.type == "cpu" and input.numel():
-            low, high = (int(bound) for bound in input.aminmax())
-            if low < 0 or high >= self.num_embeddings:
-                raise IndexError(
-                    f"tokens in [{low}, {high}], required: in [0, {self.num_embeddings})"
-                )
+            _require_tokens(input, self.num_embeddings)
         start, stop = self._bounds()
         weight = local(self.weight)
         foreign = (input < start) | (input >= stop)
@@ -62,6 +59,13 @@ class VocabParallel:
         local_ids = (input - start).masked_fill(foreign, 0)
         rows = F.embedding(local_ids, weight, self.local_padding_idx())
         return reduce_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
+
+
+@runs_uncompiled
+def _require_tokens(input: torch.Tensor, num_embeddings: int) -> None:
+    low, high = (int(bound) for bound in input.aminmax())
+    if low < 0 or high >= num_embeddings:
+        raise IndexError(f"tokens in [{low}, {high}], required: in [0, {num_embeddings})")
 
 
 @mixture

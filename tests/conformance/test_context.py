@@ -102,7 +102,10 @@ def many_models() -> dict[str, bool]:
     found |= {"inner off": not is_parallel(inner_off), "innermost": is_parallel(innermost_on)}
     found |= {"third": is_parallel(third), "later": not is_parallel(later)}
     found["class untouched"] = type(later.h[0].attn.c_attn) is Conv1D
-    found["class kept"] = type(second) is Mine and type(first) is transformers.GPT2Model
+    found["class kept"] = [
+        (repr(type(model)), isinstance(model, cls), type(type(model)(config(Case()))) is cls)
+        for model, cls in ((first, transformers.GPT2Model), (second, Mine))
+    ] == [(repr(cls), True, True) for cls in (transformers.GPT2Model, Mine)]
     return found
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import tensorpar
 from tensorpar import hf_compat, loading
-from tests.conformance.families import CASES
+from tests.conformance.families import CASES, build
 from tests.conformance.gpt2 import refusal
 from tests.conformance.pretrained import (
     Loaded,
@@ -113,6 +113,34 @@ def test_a_loaded_model_is_used_and_outlives_its_file(ranks, tmp_path):
         assert found["tokens"] == expected.tolist()
         assert found["bars"] == [rank == 0]
         assert found["owns no more than its part"]
+
+
+def from_another(family: str) -> dict[str, str]:
+    """What models made of a parallel one's state dict do not have from it, by way and name."""
+    source = build(family, CASES[family].model, parallel=True)
+    base, wrong = source.base_model, {}
+    for way, cls, given in (
+        ("same", type(source), source),
+        ("base", type(base), source),
+        ("head", type(source), base),
+    ):
+        how = {"config": source.config, "dtype": torch.float64}
+        with tensorpar.tensor_parallelism():
+            model = cls.from_pretrained(None, state_dict=given.state_dict(), **how)
+        mine, theirs = (model, source) if way == "same" else (model.base_model, base)
+        own = dict(mine.named_parameters())
+        for name, value in theirs.named_parameters():
+            same = own[name].placements == value.placements and own[name] is not value
+            if not same or not torch.equal(own[name].to_local(), value.to_local()):
+                wrong[f"{way} {name}"] = str(own[name].placements)
+    return wrong
+
+
+@pytest.mark.feature("from_pretrained with a parallel model's state dict")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_a_state_dict_of_a_parallel_model(ranks, family):
+    """Sharded tensors in tensorpar layout are loaded: by the class, its base, and a head on it."""
+    assert ranks(2).run(from_another, family) == [{}, {}]
 
 
 def failing_loads(folder: str, other: str) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ import tensorpar
 from tests.conformance.families import BEHIND_FLOAT32, CASES, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,
+    checkpoint_activations,
     detached,
     gradients_of,
     refusal,
@@ -142,11 +143,17 @@ def in_many_ways(family: str, parallel: bool) -> Tensors:
     more = {"target_modules": [*TARGETS[family], head], "modules_to_save": [whole]}
     if family == "bert":
         more["target_modules"].append("transform.dense")  # replicated
-    more["lora_bias"] = family == "bert"
+    if family == "gptj":  # the layers that have a bias to merge into
+        more["target_modules"] = ["fc_in", "fc_out", head]
+    more["lora_bias"] = family in ("bert", "gptj")
     # merging into a tied head would change the embedding, in one process too
     untied = build(
-        family, CASES[family].model, parallel=parallel, config={"tie_word_embeddings": False}
+        family, CASES[family].model, parallel=False, config={"tie_word_embeddings": False}
     )
+    if family == "gpt2":  # weights stored the other way round, sharded and not
+        tensorpar.set_tensor_parallelism(untied.transformer.h[0].mlp, False)
+    if parallel:
+        tensorpar.parallelize(untied)
     torch.manual_seed(5)
     model = peft.get_peft_model(untied, lora(family, use_rslora=True, **more))
     second = {"r": 2, "init_lora_weights": True if more["lora_bias"] else "gaussian"}
@@ -205,7 +212,7 @@ def with_dropout(family: str, checkpointing: bool) -> Tensors:
     model.add_module("unused", nn.Identity())
     if checkpointing:
         model.enable_input_require_grads()
-        model.get_base_model().activation_checkpointing_enable()
+        checkpoint_activations(model.get_base_model())
     torch.manual_seed(9)
     perturb_adapters(model)
     loss = model(**inputs(CASES[family].model, labels=True)).loss
@@ -267,8 +274,12 @@ def refusals() -> dict[str, str]:
     model = build("gpt2", "GPT2LMHeadModel", parallel=True)
     other = peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[])
     wrapped = adapted("gpt2", parallel=False, use_dora=True)
-    saved = adapted("gpt2", parallel=True)
+    saved, endless = adapted("gpt2", parallel=True), adapted("gpt2", parallel=True)
+    if torch.distributed.get_rank() == 1:
+        layer = endless.get_base_model().transformer.h[0].attn.c_attn
+        layer.lora_B["default"].weight.to_local().data.fill_(torch.inf)
     return {
+        "merging": refusal(lambda: endless.merge_adapter(safe_merge=True)),
         "pissa": ask(init_lora_weights="pissa"),
         "dora": ask(use_dora=True),
         "wte": ask(target_modules=["wte"]),
@@ -287,6 +298,7 @@ def test_adapters_that_do_not_shard_are_refused(ranks):
         assert "peft's IA3Model" in told["ia3"]
         assert "make the model parallel first" in told["first"]
         assert "is_main_process" in told["main"]
+        assert "not finite" in told["merging"]
 
 
 def as_transformers_adapts(parallel: bool) -> Tensors:

@@ -23,6 +23,7 @@ from tests.conformance.families import (
 )
 from tests.conformance.gpt2 import (
     Tensors,
+    checkpoint_activations,
     detached,
     gradients_of,
     require_close,
@@ -55,7 +56,7 @@ def three_steps(
     options = {"reproducible_dropout": True, **options}
     model = with_dropout(family, implementation, parallel=parallel, **options)
     if reentrant is not None:
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, {"use_reentrant": reentrant})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     given = inputs(CASES[family].model, labels=False)
     torch.manual_seed(5)
@@ -137,7 +138,7 @@ def own_masks(family: str, checkpointing: bool) -> Tensors:
     """What all heads keep of their attention without the option, and the gradients."""
     model = with_dropout(family, "eager", parallel=True, fused_attention=False)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     given = inputs(CASES[family].model, labels=False)
     given["attention_mask"] = torch.ones_like(given["attention_mask"])
     torch.manual_seed(5)

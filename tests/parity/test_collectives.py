@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 import tensorpar
 from tensorpar.collectives import (
     all_gather,
+    all_gather_region,
     all_reduce,
     copy_region,
     gather_region,
     reduce_region,
+    reduce_scatter_region,
     scatter_region,
 )
 from tensorpar.partition import chunk_bounds, chunk_sizes
-from tests.pool import Pools
+from tests.pool import Pool
 
 Shape = tuple[int, ...]
 #: forward, whether its input and its output are the same on all ranks, and its conjugate.
@@ -28,6 +30,9 @@ REGIONS = {
     "reduce": (False, True, "copy"),
     "scatter": (True, False, "gather"),
     "gather": (False, True, "scatter"),
+    # whole on all ranks, but not for the same purpose on each
+    "all_gather": (False, False, "reduce_scatter"),
+    "reduce_scatter": (False, False, "all_gather"),
 }
 
 
@@ -37,9 +42,9 @@ def _apply(region: str, x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
         return copy_region(x, mesh)
     if region == "reduce":
         return reduce_region(x, mesh)
-    return (
-        scatter_region(x, dim, mesh) if region == "scatter" else gather_region(x, dim, size, mesh)
-    )
+    if region in ("scatter", "reduce_scatter"):
+        return (scatter_region if region == "scatter" else reduce_scatter_region)(x, dim, mesh)
+    return (gather_region if region == "gather" else all_gather_region)(x, dim, size, mesh)
 
 
 def _draw(seed: int, shape: Shape, *, common: bool) -> torch.Tensor:
@@ -52,7 +57,9 @@ def _shapes(region: str, shape: Shape, dim: int) -> tuple[Shape, Shape]:
     """This rank's shapes of the input and the output."""
     own = chunk_sizes(shape[dim], tensorpar.tp_size())[tensorpar.tp_rank()]
     chunk = (*shape[:dim], own, *shape[dim + 1 :])
-    return {"scatter": (shape, chunk), "gather": (chunk, shape)}.get(region, (shape, shape))
+    if "scatter" in region:
+        return shape, chunk
+    return (chunk, shape) if "gather" in region else (shape, shape)
 
 
 def forward_and_backward(region: str, shape: Shape, dim: int) -> dict[str, torch.Tensor]:
@@ -80,7 +87,7 @@ def _inner(results: list[Any], a: str, b: str, *, common: bool) -> float:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("region", REGIONS)
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple), data=st.data())
-def test_backward_is_the_transpose(ranks: Pools, region: str, size: int, shape: Shape, data: Any):
+def test_backward_is_the_transpose(ranks: Pool, region: str, size: int, shape: Shape, data: Any):
     """For any shape, dim and uneven chunk, <A x, y> == <x, A* y>, and twice backward is A again."""
     dim = data.draw(st.integers(0, len(shape) - 1))
     results = ranks(size).run(forward_and_backward, region, shape, dim)

@@ -16,7 +16,7 @@ import tensorpar
 from tensorpar.nn import vocab_parallel_cross_entropy
 from tensorpar.nn.cross_entropy import ShardedLoss, loss_on_shards
 from tensorpar.parameters import from_local, local_shard
-from tests.pool import Pools
+from tests.pool import Pool
 
 
 def _require_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
@@ -60,9 +60,7 @@ def on_shards(
     seed=st.integers(0, 1000),
     scale=st.sampled_from([0.1, 1.0, 300.0]),
 )
-def test_loss_and_gradient_are_torchs(
-    ranks: Pools, size: int, reduction: str, **drawn: Any
-) -> None:
+def test_loss_and_gradient_are_torchs(ranks: Pool, size: int, reduction: str, **drawn: Any) -> None:
     """Any vocabulary, smaller than the world too, any ignored rows, and logits of any size."""
     names = ("num_rows", "vocab", "ignored", "seed", "scale")
     num_rows, vocab, ignored, seed, scale = (drawn[name] for name in names)

@@ -164,6 +164,37 @@ def test_the_launchers_environment_is_read(ranks, tmp_path):
     assert ranks(2, init=False).run(launched, str(tmp_path / "rendezvous")) == [(0, 2), (1, 2)]
 
 
+def restartable(max_restarts: str, shares_store: str) -> str:
+    """What `init` says under torchrun on two nodes, before it starts anything."""
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "GROUP_WORLD_SIZE": "2",
+        "TORCHELASTIC_MAX_RESTARTS": max_restarts,
+        "TORCHELASTIC_USE_AGENT_STORE": shares_store,
+    }
+    dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        # where nothing is refused, the launcher's address is asked for, and there is none
+        with pytest.raises(ValueError, match=r"MASTER_ADDR|required") as told:
+            tensorpar.init()
+    assert not dist.is_initialized()
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("max_restarts", "shares_store", "refused"),
+    [("3", "True", True), ("3", "False", False), ("0", "True", False)],
+)
+def test_restarts_on_several_nodes_need_a_store_each(ranks, max_restarts, shares_store, refused):
+    """torchrun's own setting would let a restarted run hang: `init` says which one would not."""
+    (told,) = ranks(1, init=False).run(restartable, max_restarts, shares_store)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in told) == refused
+    assert ("max_restarts = 3 on 2 nodes" in told) == refused
+
+
 def travelling() -> bool:
     """A layer, which holds the mesh, is copied and pickled."""
     layer = tensorpar.nn.ColumnParallelLinear(3, 5)

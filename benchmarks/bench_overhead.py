@@ -1,0 +1,135 @@
+"""What tensorpar costs besides arithmetic: importing it, building on meta, Python per layer.
+
+* import: `import tensorpar` against `import torch.distributed.tensor`, each in a new process.
+* construction: GPT-2 XL (1.5 billion parameters) on meta, one rank of two.
+* forward per layer: a model of width 64 in which Python is all there is, deep against shallow, so
+  that only layers count; tensorpar on one rank against Transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from contest import Contestant, Seat, alternate, ratio, record
+from models import FAMILIES, Shape
+
+DEEP, SHALLOW, WARMUP = 12, 2, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=20)
+    args = parser.parse_args()
+    result = {
+        "import": imports(args.pairs),
+        "construction": construction(),
+        "forward per layer": {family: per_layer(family, args.pairs) for family in FAMILIES},
+    }
+    record("overhead_cpu", result)
+
+
+def imports(pairs: int) -> dict[str, object]:
+    """Seconds of both imports, alternating."""
+    names = ("torch.distributed.tensor", "tensorpar")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(pairs + 1):
+        for name in names:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
+            seconds[name].append(time.perf_counter() - start)
+    ours, theirs = seconds["tensorpar"][1:], seconds["torch.distributed.tensor"][1:]
+    told = ratio(ours, theirs)
+    print(f"import: {told['median']:.2f} of torch.distributed.tensor's, limit 1.10")
+    return {"ratio": told, "seconds": seconds}
+
+
+def construction() -> dict[str, float]:
+    """Seconds until GPT-2 XL stands on meta."""
+    with tempfile.TemporaryDirectory() as folder, Contestant(build_xl, 2, 2, folder) as built:
+        _, seconds = built.turn()
+    print(f"construction of GPT-2 XL on meta: {seconds:.2f} s, limit 2 s")
+    return {"seconds": seconds}
+
+
+def build_xl(seat: Seat) -> Callable[[], float]:
+    import transformers
+
+    import tensorpar
+
+    tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
+    config = transformers.GPT2Config(n_embd=1600, n_layer=48, n_head=25)
+
+    def turn() -> float:
+        start = time.perf_counter()
+        with torch.device("meta"), tensorpar.tensor_parallelism():
+            transformers.GPT2LMHeadModel(config)
+        return time.perf_counter() - start
+
+    return turn
+
+
+def per_layer(family: str, pairs: int) -> dict[str, float]:
+    """Microseconds of a layer's forward, from the difference between a deep and a shallow model."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        contestants = {}
+        for name in ("Transformers", "tensorpar"):
+            for layers in (DEEP, SHALLOW):
+                shape = Shape(family, 64, layers, 1, 8, 128)
+                work = partial(forwards, name == "tensorpar", shape)
+                contestants[f"{name} {layers}"] = stack.enter_context(
+                    Contestant(work, 1, 1, folder)
+                )
+        _, seconds = alternate(contestants, WARMUP, pairs)
+    each = {
+        name: [
+            (deep - shallow) / (DEEP - SHALLOW)
+            for deep, shallow in zip(
+                seconds[f"{name} {DEEP}"][WARMUP:],
+                seconds[f"{name} {SHALLOW}"][WARMUP:],
+                strict=True,
+            )
+        ]
+        for name in ("Transformers", "tensorpar")
+    }
+    told = {name: 1e6 * statistics.median(values) for name, values in each.items()}
+    told["above"] = told["tensorpar"] - told["Transformers"]
+    print(f"forward per layer, {family}: {told['above']:.0f} us above Transformers', limit 40")
+    return told
+
+
+def forwards(parallel: bool, shape: Shape, seat: Seat) -> Callable[[], float]:
+    """Seconds of one forward, the median of some."""
+    if parallel:
+        import tensorpar
+
+        tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
+        with tensorpar.tensor_parallelism():
+            model = shape.build().eval()
+    else:
+        model = shape.build().eval()
+    tokens = torch.zeros(shape.batch, shape.sequence, dtype=torch.long)
+
+    def turn(calls: int = 20) -> float:
+        seconds = []
+        with torch.no_grad():
+            for _ in range(calls):
+                start = time.perf_counter()
+                model(input_ids=tokens)
+                seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    return turn
+
+
+if __name__ == "__main__":
+    main()

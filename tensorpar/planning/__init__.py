@@ -1,0 +1,1 @@
+"""What a training step will hold, compute and send on each rank, found without allocating it."""

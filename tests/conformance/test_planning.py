@@ -1,0 +1,73 @@
+"""A plan says of each family what a real step of a real model on real ranks then does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tensorpar
+from tensorpar.planning.step import Figures, batch, built, optimizer_of, planned, watched
+from tensorpar.planning.wanted import Wanted
+from tests.conformance.families import CASES, CAUSAL, tiny_config
+from tests.conformance.test_communication import MASKED
+
+DATA_PARALLEL = {"fsdp": "gpt2", "replicate": "bert"}
+
+
+def wanted(family: str, **changes: Any) -> Wanted:
+    """A step of a tiny model, of float64 and with what does not divide."""
+    head = MASKED.get(family, CAUSAL[family])
+    return Wanted(
+        tiny_config(family, layers=2),
+        head,
+        batch=3,
+        sequence=9,
+        **{"dtype": torch.float64, **changes},
+    )
+
+
+def really(job: Wanted) -> Figures:
+    """The same step, done."""
+    with tensorpar.tensor_parallelism():
+        model = built(job)
+    if job.dp > 1:
+        model = tensorpar.DistributedModel(model, data_parallel=job.data_parallel)
+    given = batch(job)
+    return watched(model, optimizer_of(job, model), given, lambda: model(**given))
+
+
+def require_planned(job: Wanted, real: list[Figures]) -> None:
+    """Figure by figure the plan is the rank that has most; the peak but for late garbage."""
+    plan = planned(job)
+    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
+    names = ("num_parameters", "parameters", "gradients", "optimizer", "activations", "flop")
+    most = {name: max(getattr(one, name) for one in real) for name in names}
+    assert {name: getattr(plan, name) for name in names} == most
+    assert plan.sent.keys() == real[0].sent.keys()
+    for kind, sent in plan.sent.items():
+        assert {one.sent[kind].num_calls for one in real} == {sent.num_calls}
+        assert max(one.sent[kind].num_bytes for one in real) == sent.num_bytes
+
+
+@pytest.mark.feature("tensorpar plan: what is predicted is what happens")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_a_plan_is_what_happens(ranks, family):
+    """Parameters, gradients, moments, activations, operations, collectives: to the byte."""
+    for size in (2, 3) if family == "gpt2" else (2,):
+        job = wanted(family, tp=size)
+        require_planned(job, ranks(size).run(really, job))
+
+
+def test_a_plan_of_recomputed_activations(ranks):
+    """Gradient checkpointing, of a family that sums attention and MLP at once."""
+    job = wanted("gptj", tp=2, gradient_checkpointing=True, optimizer="sgd")
+    require_planned(job, ranks(2).run(really, job))
+
+
+@pytest.mark.parametrize("kind", sorted(DATA_PARALLEL))
+def test_a_plan_of_data_parallel_copies(ranks, kind):
+    """Two copies of two ranks."""
+    job = wanted(DATA_PARALLEL[kind], tp=2, dp=2, data_parallel=kind)
+    require_planned(job, ranks(4, tensor_parallel_degree=2).run(really, job))

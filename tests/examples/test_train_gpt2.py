@@ -1,0 +1,58 @@
+"""The tutorial's options: replicas of a sharded model, precision, recomputation, resuming."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tensorpar
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS = 3
+
+
+def losses(folder: str, degree: int, kind: str, dtype: str) -> list[float]:
+    """Of every step of the script's own training, from where the folder's checkpoints stand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import train_gpt2
+
+        patch.setattr(train_gpt2, "EVAL_EVERY", 1)
+        if degree > 1:
+            patch.setenv("TORCHELASTIC_RUN_ID", "a test")  # as torchrun does
+        ids = torch.randint(97, (1000,), generator=torch.Generator().manual_seed(0))
+        args = Namespace(
+            name="test",
+            tp=degree,
+            data_parallel=kind,
+            dtype=dtype,
+            gradient_checkpointing=True,
+            checkpoints=folder,
+            steps=STEPS,
+        )
+        model = train_gpt2.build_model(97, args)
+        found, _, held_out = train_gpt2.fit(model, ids, ids[:128].view(1, 128), args)
+        if degree > 1:
+            assert isinstance(model, tensorpar.DistributedModel)
+            assert (tensorpar.dp_size(), tensorpar.tp_size()) == (2, 2)
+        assert list(held_out) == list(range(STEPS + 1))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"), [("fsdp", "float32", 1e-4), ("replicate", "bfloat16", 0.05)]
+)
+def test_options_change_no_loss(ranks, tmp_path, kind, dtype, tolerance):
+    """On 2 x 2 ranks as in one process; a run that was stopped continues bit for bit."""
+    (reference,) = ranks(1).run(losses, "", 1, kind, dtype)
+    assert len(reference) == STEPS
+    world = ranks(4, tensor_parallel_degree=2)
+    whole = world.run(losses, str(tmp_path), 2, kind, dtype)
+    assert whole == [whole[0]] * 4
+    assert whole[0] == pytest.approx(reference, abs=tolerance)
+    shutil.rmtree(tmp_path / f"step-{STEPS:09}")
+    assert world.run(losses, str(tmp_path), 2, kind, dtype) == whole
