@@ -20,14 +20,7 @@ from tensorpar import collecting, hf_compat
 from tensorpar.files import writing
 from tests.conformance.families import CASES as FAMILIES
 from tests.conformance.families import build
-from tests.conformance.gpt2 import (
-    Case,
-    batch,
-    perturbed,
-    refusal,
-    require_close,
-    weights_of,
-)
+from tests.conformance.gpt2 import Case, batch, perturbed, refusal, require_close, weights_of
 from tests.conformance.pretrained import tensors_in
 
 CASES = {
