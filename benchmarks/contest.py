@@ -80,7 +80,7 @@ class Contestant:
         self.cpu_seconds: list[float] = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            seat = Seat(rank, ranks, threads // ranks, f"{folder}/{id(self)}")
+            seat = Seat(rank, ranks, max(threads // ranks, 1), f"{folder}/{id(self)}")
             process = context.Process(target=_serve, args=(theirs, work, seat), daemon=True)
             process.start()
             self.pipes.append(ours)

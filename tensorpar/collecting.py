@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,7 @@ from tensorpar.styles import Layout
 #: what travels at once, and what a rank that is not the first needs beside its model.
 PIECE_BYTES = 16 << 20
 _DONE, _FAILED = -1, -2
-
-
-class Whole(Promise):
-    """A promise of a whole tensor on the first rank, collected when it must be contiguous."""
-
-    answers = {torch.Tensor.contiguous: lambda promise, **_: promise.origin()}
+_BYTE = torch.uint8
 
 
 class Collector:
@@ -45,16 +41,20 @@ class Collector:
     ) -> None:
         self.tensors, self.layouts = dict(tensors), layouts
         self._names = list(self.tensors)
+        self._rooms: list[torch.Tensor] = []
         meshes = [x.device_mesh for x in self.tensors.values() if isinstance(x, DTensor)]
         self._device = torch.device(meshes[0].device_type if meshes else "cpu")
 
-    def promises(self) -> dict[str, Whole]:
-        """On the first rank: a promise of every tensor, in Hugging Face's layout."""
+    def promises(self) -> dict[str, Promise]:
+        """On the first rank: a promise of every tensor, in Hugging Face's layout.
+
+        The origin is called for the values; they are valid until the call after the next.
+        """
         return {name: self._promise(name) for name in self._names}
 
-    def _promise(self, name: str) -> Whole:
+    def _promise(self, name: str) -> Promise:
         tensor = self.tensors[name]
-        return Whole.of(lambda: self.ask(name), self._hf_shape(name), tensor.dtype)
+        return Promise.of(partial(self.ask, name), self._hf_shape(name), tensor.dtype)
 
     def _hf_shape(self, name: str) -> torch.Size:
         shape = self.tensors[name].shape
@@ -75,9 +75,12 @@ class Collector:
         self._tell(_DONE)
 
     def ask(self, name: str) -> torch.Tensor:
-        """On the first rank, which leads: a contiguous CPU tensor in Hugging Face's layout."""
+        """On the first rank, which leads: a contiguous CPU tensor in Hugging Face's layout.
+
+        Its memory is that of the tensor before the last: pages are not asked of the system again.
+        """
         self._tell(self._names.index(name))
-        out = torch.empty(self._hf_shape(name), dtype=self.tensors[name].dtype)
+        out = self._room(self._hf_shape(name), self.tensors[name].dtype)
         if name not in self.layouts:
             collect(self.tensors[name], out)
             return out
@@ -87,6 +90,13 @@ class Collector:
         if ours.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
             return layout.pattern.inverse.apply(ours).contiguous()
         return out
+
+    def _room(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if not self._rooms:
+            largest = max(x.nbytes for x in self.tensors.values())
+            self._rooms = [torch.empty(largest, dtype=_BYTE) for _ in range(2)]
+        self._rooms.reverse()
+        return self._rooms[0][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     def serve(self) -> None:
         """On every other rank: give what the first asks for, until it is done.
@@ -146,13 +156,15 @@ def _collect_shards(tensor: DTensor, dim: int, ranks: list[int], out: torch.Tens
         elif rank == dist.get_rank():
             for piece in pieces(local.shape, local.element_size()):
                 # as bytes, since not every backend sends every dtype
-                dist.send(local[piece].contiguous().view(-1).view(torch.uint8), dst=0)
+                dist.send(local[piece].contiguous().view(-1).view(_BYTE), dst=0)
 
 
 def _receive(into: torch.Tensor, rank: int, device: torch.device) -> None:
-    buffer = torch.empty(into.shape, dtype=into.dtype, device=device)
-    dist.recv(buffer.view(-1).view(torch.uint8), src=rank)
-    into.copy_(buffer)
+    direct = into.is_contiguous() and into.device == device
+    buffer = into if direct else torch.empty(into.shape, dtype=into.dtype, device=device)
+    dist.recv(buffer.view(-1).view(_BYTE), src=rank)
+    if not direct:
+        into.copy_(buffer)
 
 
 def pieces(shape: Sequence[int], element_size: int) -> Iterator[tuple[slice, ...]]:

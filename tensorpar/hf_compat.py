@@ -60,12 +60,9 @@ class Watcher:
             `post_init`, after initialisation and tying, or, if it is loaded, when
             `from_pretrained` returns.
         failed: called with the exception when `from_pretrained` raises; the exception goes on.
-        promises: makes of checkpoint files the state dict that a model under construction is to
-            be loaded from; None where it is loaded as Transformers does it.
-        given: makes of a state dict that a model under construction is given the one that
-            Transformers can load; None where it is loaded as it is.
-        fuses: whether a class that Transformers has no sdpa for gets one; asking for it is then
-            no error.
+        promises: makes of checkpoint files the state dict to load; None to load as ever.
+        given: makes of a state dict that is given the one to load; None to load it as it is.
+        fuses: whether a class that Transformers has no sdpa for gets one, and may be asked to.
     """
 
     finished: Callable[[nn.Module], None]
@@ -293,6 +290,18 @@ def converts_weights(model: Any, mapping: Sequence[Any] | None = None) -> bool:
     if mapping is None:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
     return any(isinstance(conversion, WeightConverter) for conversion in mapping or ())
+
+
+@contextmanager
+def weights_written_by(write: Callable[..., None]) -> Iterator[None]:
+    """Within: `write(tensors, file, metadata=...)` writes files of weights, for all threads."""
+    from transformers import modeling_utils
+
+    usual, modeling_utils.safe_save_file = modeling_utils.safe_save_file, write
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = usual
 
 
 def stale_weights(variant: str | None) -> Callable[[str], bool]:

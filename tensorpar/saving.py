@@ -17,10 +17,12 @@ from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
 from tensorpar.collecting import Collector
 from tensorpar.files.replacing import replacing
+from tensorpar.files.writing import write_weights
 from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
 from tensorpar.parameters import OwnMethods, mix_in
+from tensorpar.promise import origin_of
 from tensorpar.rendezvous import rendezvous
 from tensorpar.replace import translate_functions
 
@@ -45,9 +47,9 @@ class SavesItself(OwnMethods):
     ) -> None:
         """Write an ordinary Hugging Face folder; collective over all ranks, written by rank 0.
 
-        Rank 0 holds at most the tensors of one file at a time, the others none. The folder's old
-        files are replaced when all new ones are on the disk; `tensorpar.files.replacing` says what
-        a process leaves that is killed before.
+        Rank 0 holds two whole tensors at a time, the others none. The folder's old files are
+        replaced when all new ones are on the disk; `tensorpar.files.replacing` says what a process
+        leaves that is killed before.
 
         Args:
             self: the parallel model.
@@ -71,7 +73,10 @@ class SavesItself(OwnMethods):
             stale = hf_compat.stale_weights(kwargs.get("variant"))
             with collector.leading(), replacing(save_directory, stale) as folder:
                 state_dict = _state_dict(self, collector)
-                super().save_pretrained(folder, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+                with hf_compat.weights_written_by(write_weights):
+                    super().save_pretrained(  # type: ignore[misc]
+                        folder, state_dict=state_dict, **kwargs
+                    )
         else:
             collector.serve()
 
@@ -99,7 +104,7 @@ def _state_dict(model: Any, collector: Collector) -> dict[str, torch.Tensor]:
     functions = translate_functions(model)
     if not functions and not hf_compat.converts_weights(model):
         return promises
-    whole = {name: promise.contiguous() for name, promise in promises.items()}
+    whole = {name: origin_of(promise)().clone() for name, promise in promises.items()}
     for to_hf, _ in functions:
         whole = to_hf(whole)
     return whole

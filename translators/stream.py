@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from tensorpar.files.disk import reserve, start_writing
 from tensorpar.files.positioned import bytes_of, write_from
 from tensorpar.files.safetensors_header import TensorSpec
 
@@ -27,7 +28,7 @@ from .stored import Stored, blocks, carried, carrier, scratch_for
 #: while one waits for the disk, the other computes.
 NUM_WORKERS = 2
 #: what is read, and what is converted, summed and written, at once: it should stay in the cache.
-SLAB_BYTES, BLOCK_BYTES = 1 << 24, 1 << 22
+SLAB_BYTES, BLOCK_BYTES = 1 << 22, 1 << 20
 
 
 @contextmanager
@@ -125,10 +126,13 @@ def write(
         for file in destination.files:
             offsets = file.begin(folder / file.name)
             handle = stack.enter_context((folder / file.name).open("r+b")).fileno()
+            reserve(handle, _end(file, offsets))
             outs.append(_Out(file, handle, offsets, dict.fromkeys(file.tensors, 0)))
+        disk = ThreadPoolExecutor(1)  # it waits while the disk has enough to do
+        stack.callback(disk.shutdown, cancel_futures=True)
         workers: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(NUM_WORKERS):
-            workers.put(_Worker(outs, destination.writes, progress))
+            workers.put(_Worker(outs, destination.writes, disk, progress))
 
         def pass_on(tensor: Tensor) -> None:
             worker = workers.get()
@@ -147,6 +151,11 @@ def write(
             out.file.finish(out.handle, out.checksums, [other.checksums for other in outs])
 
 
+def _end(file: OutFile, offsets: Mapping[str, int]) -> int:
+    """Where the last tensor ends."""
+    return max((offsets[key] + spec.num_bytes for key, spec in file.tensors.items()), default=0)
+
+
 class _Out(NamedTuple):
     """An open file, where its tensors begin in it, and what has been summed of them."""
 
@@ -162,6 +171,7 @@ class _Worker:
     Args:
         outs: the open files.
         writes: by Hugging Face's key, where parts go.
+        disk: a thread that sends on to the disk what has been written.
         progress: is told how many bytes were written.
     """
 
@@ -169,9 +179,10 @@ class _Worker:
         self,
         outs: Sequence[_Out],
         writes: Mapping[str, Sequence[Write]],
+        disk: ThreadPoolExecutor,
         progress: Callable[[int], object],
     ) -> None:
-        self._outs, self._writes, self._progress = outs, writes, progress
+        self._outs, self._writes, self._disk, self._progress = outs, writes, disk, progress
         self._buffer = Buffer()
         self._block = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
 
@@ -195,6 +206,7 @@ class _Worker:
             if out.file.checksummed:
                 out.checksums[one.key] = zlib.crc32(memory, out.checksums[one.key])
             write_from(out.handle, memory, offset + start * size)
+        self._disk.submit(start_writing, out.handle, offset, values.numel() * size)
 
     def _as_written(self, block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous block in the wanted dtype: itself, or in memory of our own."""

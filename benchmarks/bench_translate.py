@@ -3,7 +3,7 @@
 Both contestants alternate within one run, so that what else the machine does hits both alike; what
 ours wrote is compared with what it read before any time is believed. Memory is RssAnon, sampled
 all the time, above its value after imports. Run as
-`python benchmarks/bench_checkpoint.py --size 6 --pairs 5`.
+`python benchmarks/bench_translate.py --size 6 --pairs 5`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from contest import record
+from folders import affordable, file_system, make_model, settle
 from peak_memory import anonymous_bytes
 from tqdm import tqdm
 
-WIDTH, INNER, HEADS, VOCABULARY = 4096, 16384, 16, 50400
 MB = 1 << 20
 
 
 def main() -> None:
     args = parse_arguments()
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-checkpoint-") as name:
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-translate-") as name:
         folder = Path(name)
         size = affordable(args.size, folder)
         source = folder / "hf"
@@ -70,53 +69,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def affordable(size: float, folder: Path) -> float:
-    """The size, or what the disk has room for: the source and three copies."""
-    free = shutil.disk_usage(folder).free
-    possible = free / (2e9 * 4.2)
-    if size <= possible:
-        return size
-    smaller = int(possible * 10) / 10
-    print(
-        f"--size {size} needs {size * 8.4:.0f} GB, {free / 1e9:.0f} GB are free: --size {smaller}"
-    )
-    return smaller
-
-
-def make_model(folder: Path, size: float) -> int:
-    """A GPT-J checkpoint of about `size` billions of parameters; the bytes of its largest tensor.
-
-    Written tensor by tensor, since the machine need not hold it.
-    """
-    import transformers
-
-    from tensorpar.files.positioned import bytes_of
-    from tensorpar.files.safetensors_header import TensorSpec, decode, encode
-
-    per_layer = 4 * WIDTH**2 + 2 * WIDTH * INNER
-    layers = max(round((size * 1e9 - 2 * VOCABULARY * WIDTH) / per_layer), 1)
-    config = transformers.GPTJConfig(
-        n_embd=WIDTH, n_inner=INNER, n_head=HEADS, vocab_size=VOCABULARY, n_layer=layers
-    )
-    with torch.device("meta"):
-        model = transformers.GPTJForCausalLM(config)
-    specs = {
-        name: TensorSpec(torch.bfloat16, tuple(tensor.shape))
-        for name, tensor in model.state_dict().items()
-    }
-    config.architectures, config.dtype = ["GPTJForCausalLM"], torch.bfloat16
-    config.save_pretrained(folder)
-    start = encode(specs, {"format": "pt"})
-    total = len(start) + sum(spec.num_bytes for spec in specs.values())
-    header = decode(start, total)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(start)
-        for name in tqdm(header.tensors, desc=f"making {layers} layers"):
-            file.seek(header.offsets[name])
-            file.write(bytes_of(torch.randn(specs[name].shape, dtype=torch.bfloat16)))
-    return max(spec.num_bytes for spec in specs.values())
-
-
 def alternate(
     pairs: int, source: Path, out: Path, layout: str, tp: int | None
 ) -> list[dict[str, Any]]:
@@ -149,12 +101,6 @@ def translate(source: Path, out: Path, layout: str, tp: int | None) -> dict[str,
     result = in_process(run_command, *command)
     result["seconds with start and imports"] = time.perf_counter() - start
     return result
-
-
-def settle(out: Path) -> None:
-    """Nothing left of the run before, in the folder or on its way to the disk."""
-    shutil.rmtree(out, ignore_errors=True)
-    subprocess.run(["sync", "-f", out.parent], check=True)
 
 
 def verify(source: Path, written: Path) -> None:
@@ -221,13 +167,6 @@ def measured(pipe: Any, task: Callable[..., Any], arguments: tuple[Any, ...]) ->
     pipe.send({"result": result, "seconds": seconds, "memory": peak - base})
 
 
-def file_system(folder: Path) -> str:
-    told = subprocess.run(
-        ["df", "--output=fstype,source", folder], capture_output=True, text=True, check=True
-    )
-    return " ".join(told.stdout.splitlines()[1].split())
-
-
 def report(
     args: argparse.Namespace,
     rows: dict[str, list[dict[str, Any]]],
@@ -266,7 +205,7 @@ def report(
         "model": model,
         "arguments": {key: str(value) for key, value in vars(args).items()},
     }
-    record("checkpoint_cpu", result)
+    record("translate_cpu", result)
 
 
 if __name__ == "__main__":

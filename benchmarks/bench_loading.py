@@ -1,0 +1,148 @@
+"""`from_pretrained` under tensor parallelism against Transformers in one process, files in cache.
+
+A turn ends when every parameter has been read once: the bits of all are added up, which also tells
+whether all contestants loaded the same. GPT-NeoX is also loaded by Transformers' own tensor
+parallelism. Run as `python benchmarks/bench_loading.py --size 1 --turns 5`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from contest import Contestant, Seat, alternate, ratio, record
+from folders import affordable, file_system, make_model
+from peak_memory import Peak
+from torch.distributed.tensor import DTensor
+
+
+def main() -> None:
+    args = parse_arguments()
+    result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-loading-") as name:
+        folder = Path(name)
+        size = affordable(args.size, folder)
+        for family in ("gptj", "gptneox"):
+            source = folder / family
+            make_model(source, size, family)
+            num_bytes = (source / "model.safetensors").stat().st_size
+            print(f"{family}: {num_bytes / 1e9:.2f} GB on {file_system(folder)}")
+            result[family] = {"bytes": num_bytes, **contest(args, family, source, num_bytes)}
+    record("loading_cpu", result)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=float, default=1, help="billions of parameters")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
+    return parser.parse_args()
+
+
+def contest(args: argparse.Namespace, family: str, source: Path, num_bytes: int) -> dict[str, Any]:
+    """Turns of all contestants for one model."""
+    entries: dict[str, tuple[Callable[..., Any], int]] = {
+        "transformers": (partial(loads, str(source), "one process"), 1),
+        "tensorpar, tp 2": (partial(loads, str(source), "tensorpar"), 2),
+        "tensorpar, tp 4": (partial(loads, str(source), "tensorpar"), 4),
+    }
+    if family == "gptneox":
+        entries["transformers, tp 2"] = (partial(loads, str(source), "transformers"), 2)
+    with ExitStack() as stack:
+        contestants = {
+            name: stack.enter_context(Contestant(work, ranks, args.threads, str(source.parent)))
+            for name, (work, ranks) in entries.items()
+        }
+        times, results = alternate(contestants, warmup=1, turns=args.turns)
+    if len({told["sum"] for turns in results.values() for told in turns}) > 1:
+        raise SystemExit("the contestants loaded different values")
+    return {
+        name: row(name, times, results[name][1:], num_bytes, entries[name][1]) for name in entries
+    }
+
+
+def loads(source: str, way: str, seat: Seat) -> Callable[[], dict[str, Any]]:
+    """A process that loads the model and forgets it, time after time."""
+    import transformers
+
+    import tensorpar
+    from tensorpar.files.reading import counting
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if way == "transformers":
+        told = {"RANK": seat.rank, "LOCAL_RANK": seat.rank, "WORLD_SIZE": seat.num_ranks}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        options["tp_plan"] = "auto"
+
+    def turn() -> dict[str, Any]:
+        gc.collect()
+        context = tensorpar.tensor_parallelism if way == "tensorpar" else nullcontext
+        with Peak() as peak, counting() as requested, context():
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+            total, held = read_once(model, seat)
+        told = {"requested": requested.num_bytes, "peak": peak.bytes, "held": held}
+        return {"sum": total, "ranks": from_all(told, seat)}
+
+    return turn
+
+
+def read_once(model: torch.nn.Module, seat: Seat) -> tuple[int, int]:
+    """The sum of all parameters' bits over all ranks, and the bytes that this rank holds."""
+    sharded = replicated = held = 0
+    for parameter in model.parameters():
+        values = parameter.detach()
+        whole = not isinstance(values, DTensor) or values.placements[0].is_replicate()
+        local = values.to_local() if isinstance(values, DTensor) else values
+        # a few at a time, since a sum of integers first makes them all wider
+        pieces = local.contiguous().view(-1).view(torch.int16).split(1 << 18)
+        bits = sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
+        held += local.nbytes
+        sharded, replicated = sharded + bits * (not whole), replicated + bits * whole
+    return sum(from_all(sharded, seat)) + replicated, held
+
+
+def from_all(value: Any, seat: Seat) -> list[Any]:
+    """The value of every rank."""
+    if seat.num_ranks == 1:
+        return [value]
+    values = [None] * seat.num_ranks
+    dist.all_gather_object(values, value)
+    return values
+
+
+def row(
+    name: str,
+    times: dict[str, list[float]],
+    results: list[dict[str, Any]],
+    num_bytes: int,
+    num_ranks: int,
+) -> dict[str, Any]:
+    """What is told of a contestant: by rank the largest number."""
+    most = {
+        what: max(rank[what] for told in results for rank in told["ranks"])
+        for what in ("requested", "peak", "held")
+    }
+    against = ratio(times[name], times["transformers"])
+    share = {what: value / num_bytes for what, value in most.items()}
+    print(
+        f"{name:20}{statistics.median(times[name]):8.2f} s  {against['median']:.2f} of one process"
+        f"   of the file: holds {share['held']:.3f}, requested {share['requested']:.3f}, "
+        f"peak {share['peak']:.3f}"
+    )
+    return {"seconds": times[name], "ratio": against, "ranks": num_ranks, "of the file": share}
+
+
+if __name__ == "__main__":
+    main()
