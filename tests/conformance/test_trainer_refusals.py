@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from typing import Any
 
@@ -38,7 +37,7 @@ def loop(accelerator: Any, kind: Any, data_ranks: int) -> Tensors:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
     # counted in batches of one process, as accelerate wants it
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4 * data_ranks)
-    train = DataLoader(rows(HEAD, NUM_ROWS, 3), BATCH // data_ranks, shuffle=True)
+    train = DataLoader(rows(HEAD, NUM_ROWS, 3), BATCH // data_ranks)
     test = DataLoader(rows(HEAD, NUM_TESTED, 5), BATCH // data_ranks)
     model, optimizer, train, test, scheduler = accelerator.prepare(
         model, optimizer, train, test, scheduler
@@ -100,9 +99,9 @@ def stock(folder: str) -> dict[str, str]:
     return told
 
 
-def test_stock_classes_are_refused(ranks):
+def test_stock_classes_are_refused(ranks, tmp_path):
     """By the first step, on every rank, with what to use instead."""
-    for told in ranks(2).run(stock, os.devnull):
+    for told in ranks(2).run(stock, str(tmp_path)):
         for name in ("train", "prepare"):
             assert "DistributedDataParallel of a tensor-parallel Bert" in told[name]
             assert "those of tensorpar.trainer" in told[name]
@@ -146,9 +145,9 @@ def own_refusals(folder: str) -> dict[str, str]:
     return told
 
 
-def test_refusal(ranks):
+def test_refusal(ranks, tmp_path):
     """A ValueError that names the argument and what it must be, before anything is trained."""
-    for told in ranks(4, tensor_parallel_degree=2).run(own_refusals, os.devnull):
+    for told in ranks(4, tensor_parallel_degree=2).run(own_refusals, str(tmp_path)):
         assert "is not tensor parallel, required" in told.pop("plain")
         assert "accelerate counts 1 processes, required: 4" in told.pop("world")
         assert "dispatch_batches = True, required: False" in told.pop("accelerator_config")
@@ -199,7 +198,7 @@ def plain_loop(rank: int) -> tuple[int, Any]:
         with tensorpar.preemption() as preempted:
             for step in range(1, 9):
                 if step == 3 and tensorpar.rank() == rank:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
                 if preempted():
                     break
         return step, signal.getsignal(signal.SIGTERM)
