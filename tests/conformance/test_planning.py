@@ -38,10 +38,10 @@ def really(job: Wanted) -> Figures:
     return watched(model, optimizer_of(job, model), given, lambda: model(**given))
 
 
-def require_planned(job: Wanted, real: list[Figures]) -> None:
+def require_planned(job: Wanted, real: list[Figures], garbage: float = 0.05) -> None:
     """Figure by figure the plan is the rank that has most; the peak but for late garbage."""
     plan = planned(job)
-    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
+    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=garbage)
     names = ("num_parameters", "parameters", "gradients", "optimizer", "activations", "flop")
     most = {name: max(getattr(one, name) for one in real) for name in names}
     assert {name: getattr(plan, name) for name in names} == most
@@ -63,7 +63,8 @@ def test_a_plan_is_what_happens(ranks, family):
 def test_a_plan_of_recomputed_activations(ranks):
     """Gradient checkpointing, of a family that sums attention and MLP at once."""
     job = wanted("gptj", tp=2, gradient_checkpointing=True, optimizer="sgd")
-    require_planned(job, ranks(2).run(really, job))
+    # frames of recomputed blocks refer to themselves: Python collects them when it comes to it
+    require_planned(job, ranks(2).run(really, job), garbage=0.15)
 
 
 @pytest.mark.parametrize("kind", sorted(DATA_PARALLEL))

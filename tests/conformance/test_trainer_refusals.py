@@ -48,14 +48,14 @@ def loop(accelerator: Any, kind: Any, data_ranks: int) -> Tensors:
             with accelerator.accumulate(model):
                 loss = model(**given).loss
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                # before, there are no gradients to see: FSDP2 keeps them until it reduces them
+                if accelerator.sync_gradients:
+                    seen.append(accelerator.clip_grad_norm_(model.parameters(), 0.5))
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
             seen.append(accelerator.reduce(loss.detach(), "mean"))
             seen.append(torch.tensor(scheduler.get_last_lr()[0], dtype=torch.float64))
-            if accelerator.sync_gradients:
-                seen.append(norm)
     model.eval()
     with torch.no_grad():
         logits = [accelerator.gather_for_metrics(model(**given).logits) for given in test]
@@ -92,8 +92,10 @@ def stock(folder: str) -> dict[str, str]:
         args = arguments(folder)
         some = {"train_dataset": rows(HEAD, NUM_ROWS, 3), "eval_dataset": rows(HEAD, 8, 4)}
         trainer = transformers.Trainer(model=model, args=args, **some)
-        told = {"evaluate": refusal(trainer.evaluate), "train": refusal(trainer.train)}
-        told["prepare"] = refusal(lambda: accelerate.Accelerator(cpu=True).prepare_model(model))
+        told = {"train": refusal(trainer.train), "evaluate": refusal(trainer.evaluate)}
+        # one that a Trainer has tried to prepare is marked as prepared
+        other = build("bert", HEAD, parallel=True)
+        told["prepare"] = refusal(lambda: accelerate.Accelerator(cpu=True).prepare_model(other))
         loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(rows(HEAD, 8, 3), 2))
         told["data"] = refusal(lambda: [model(**given) for given in loader])
     return told
