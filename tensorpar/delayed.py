@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tensorpar import hf_compat
-from tensorpar.mesh import tp_mesh
 from tensorpar.nn.vocabulary import VocabParallel
-from tensorpar.parameters import OwnMethods, shard_dim
+from tensorpar.parameters import shard_dim
 from tensorpar.random import Fork
 
 
@@ -69,36 +68,16 @@ def fill(model: nn.Module, mesh: DeviceMesh, fresh: Sequence[nn.Parameter]) -> N
             "delayed_parameter_initialization = True outside any Transformers model, "
             "required: a model with Transformers' initialiser; build this one without the option"
         )
-    with _initialising(model, mesh):
-        for inner in models:
-            hf_compat.initialize_weights(inner)
-
-
-class InitialisesShards(OwnMethods):
-    """Mixed into the class of a parallel Transformers model."""
-
-    def initialize_weights(self: Any) -> None:
-        """`PreTrainedModel.initialize_weights`, the heart of `init_weights`; collective.
-
-        For a model built on the meta device and given storage by `to_empty`. Each rank fills its
-        own shards, from the same distribution as one process.
-        """
-        with _initialising(self, tp_mesh()):
-            super().initialize_weights()  # type: ignore[misc]
-
-
-@contextmanager
-def _initialising(model: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
-    """Within: an initialiser fills local shards, at the end what is replicated is alike."""
     fork = Fork()
     fork.enter(mesh.get_local_rank())
     try:
         with torch.no_grad(), _plain_shards(model):
-            yield
+            for inner in models:
+                hf_compat.initialize_weights(inner)
     finally:
         fork.leave()
     for parameter in model.parameters():
-        if mesh.size() > 1 and not parameter.is_meta and shard_dim(parameter) is None:
+        if mesh.size() > 1 and shard_dim(parameter) is None:
             dist.broadcast(_shard(parameter), group=mesh.get_group(), group_src=0)
 
 

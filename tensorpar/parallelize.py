@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
-from tensorpar.delayed import InitialisesShards, fill
+from tensorpar.delayed import fill
 from tensorpar.foreign_shards import refuse_foreign_shards
 from tensorpar.loading import LOADED, Keeper, fact
 from tensorpar.lora import without_adapters
@@ -159,7 +159,6 @@ def _hang_doors(
             module.__dict__["_tensorpar_guarded"] = True
             module.register_load_state_dict_pre_hook(refuse_foreign_shards)
         if hf_compat.is_model(module):
-            mix_in(module, InitialisesShards)
             bind(module)
             bind_resizing(module, root or module)
             attention_choice.bind(module)
