@@ -38,10 +38,13 @@ def really(job: Wanted) -> Figures:
     return watched(model, optimizer_of(job, model), given, lambda: model(**given))
 
 
-def require_planned(job: Wanted, real: list[Figures], garbage: float = 0.05) -> None:
-    """Figure by figure the plan is the rank that has most; the peak but for late garbage."""
-    plan = planned(job)
-    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=garbage)
+def require_peak(plan: Figures, real: list[Figures]) -> None:
+    """That of the rank that has most, but for late garbage."""
+    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
+
+
+def require_planned(plan: Figures, real: list[Figures]) -> None:
+    """Figure by figure the plan is the rank that has most; the peak apart."""
     names = ("num_parameters", "parameters", "gradients", "optimizer", "activations", "flop")
     most = {name: max(getattr(one, name) for one in real) for name in names}
     assert {name: getattr(plan, name) for name in names} == most
@@ -57,18 +60,28 @@ def test_a_plan_is_what_happens(ranks, family):
     """Parameters, gradients, moments, activations, operations, collectives: to the byte."""
     for size in (2, 3) if family == "gpt2" else (2,):
         job = wanted(family, tp=size)
-        require_planned(job, ranks(size).run(really, job))
+        plan, real = planned(job), ranks(size).run(really, job)
+        require_planned(plan, real)
+        require_peak(plan, real)
 
 
 def test_a_plan_of_recomputed_activations(ranks):
     """Gradient checkpointing, of a family that sums attention and MLP at once."""
     job = wanted("gptj", tp=2, gradient_checkpointing=True, optimizer="sgd")
-    # frames of recomputed blocks refer to themselves: Python collects them when it comes to it
-    require_planned(job, ranks(2).run(really, job), garbage=0.15)
+    require_planned(planned(job), ranks(2).run(really, job))
+
+
+@pytest.mark.xfail(strict=False, reason="the plan misses memory that real ranks hold: 8 % and more")
+def test_the_peak_of_a_step_with_recomputed_activations(ranks):
+    """The one figure of a plan that is not what happens yet."""
+    job = wanted("gptj", tp=2, gradient_checkpointing=True, optimizer="sgd")
+    require_peak(planned(job), ranks(2).run(really, job))
 
 
 @pytest.mark.parametrize("kind", sorted(DATA_PARALLEL))
 def test_a_plan_of_data_parallel_copies(ranks, kind):
     """Two copies of two ranks."""
     job = wanted(DATA_PARALLEL[kind], tp=2, dp=2, data_parallel=kind)
-    require_planned(job, ranks(4, tensor_parallel_degree=2).run(really, job))
+    plan, real = planned(job), ranks(4, tensor_parallel_degree=2).run(really, job)
+    require_planned(plan, real)
+    require_peak(plan, real)
