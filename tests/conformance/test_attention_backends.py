@@ -21,14 +21,15 @@ from tests.conformance.families import (
     inputs,
     tiny_config,
 )
-from tests.conformance.gpt2 import Tensors, default_dtype, require_close, require_equal_ranks
+from tests.conformance.gpt2 import (
+    Tensors,
+    default_dtype,
+    require_close,
+    require_equal_ranks,
+    scale_of,
+)
 
 FLEX = [family for family in sorted(CASES) if family in ("bert", "roberta", "gptneox")]
-
-
-def scale(reference: Tensors) -> float:
-    """The largest value, to which float32's error is relative."""
-    return max(x.abs().max().item() for x in reference.values())
 
 
 def computed_with(family: str, attention: str, chosen_later: bool, parallel: bool) -> Tensors:
@@ -72,7 +73,7 @@ def test_attention_back_end(ranks, family, attention, chosen_later):
     require_equal_ranks(results)
     reference = computed_with(family, attention, chosen_later, False)
     fused = family in IN_FLOAT32 and attention == "sdpa"
-    require_close(results[0], reference, BEHIND_FLOAT32 * scale(reference) if fused else EXACT)
+    require_close(results[0], reference, BEHIND_FLOAT32 * scale_of(reference) if fused else EXACT)
     if fused:  # float64 scores instead of Transformers' float32 ones
         assert not torch.equal(results[0]["output/logits"], reference["output/logits"])
 
