@@ -54,7 +54,12 @@ def grown(family: str) -> Any:
     return Grown(tiny_config(family))
 
 
-WAYS = (at_once, after_meta, grown)
+def of_its_class(family: str) -> Any:
+    """A model of the class that another one has, parallel already where the other is."""
+    return type(at_once(family))(tiny_config(family))
+
+
+WAYS = (at_once, after_meta, grown, of_its_class)
 
 
 def initial(family: str, parallel: bool) -> Tensors:
