@@ -136,12 +136,7 @@ class _Gather(torch.autograd.Function):
         return _Scatter.apply(grad, ctx.dim, ctx.mesh), None, None, None
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
-        ctx.dim, ctx.mesh = dim, mesh
-        return all_gather(x, dim, size, mesh)
-
+class _AllGather(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _ReduceScatter.apply(grad, ctx.dim, ctx.mesh), None, None, None

@@ -39,6 +39,17 @@ def whole_tensors(tensors: Mapping[str, Any], *, keep: bool = True) -> Iterator[
         yield name, seen[id(value)]
 
 
+def whole_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter of a parallel module: full, plain, in Hugging Face's layout. Collective."""
+    own: Any = module._parameters[name]
+    full = own.detach().full_tensor()
+    if (layout := module.__dict__.get("layouts", {}).get(name)) is not None:
+        full = layout.pattern.inverse.apply(full)
+    # a replica is the parameter itself, and what is gathered of uneven shards is padded
+    dense = full.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(dense, requires_grad=own.requires_grad)
+
+
 def gathered_state_dict(
     model: nn.Module, *, to_rank0: bool, call: str, timeout: timedelta = TIMEOUT
 ) -> dict[str, Any]:

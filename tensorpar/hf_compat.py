@@ -22,6 +22,13 @@ from torch import nn
 _lock = threading.Lock()
 _watchers: list[Watcher] = []
 _originals: dict[str, Any] = {}
+#: methods of `PreTrainedModel` that are others while a context is open.
+_PATCHED = (
+    "post_init",
+    "from_pretrained",
+    "_load_pretrained_model",
+    "_check_and_adjust_attn_implementation",
+)
 
 
 def is_model(module: object) -> bool:
@@ -35,14 +42,7 @@ def model_class() -> type[nn.Module]:
     import transformers
     from transformers.modeling_utils import PreTrainedModel
 
-    for name in (
-        "post_init",
-        "from_pretrained",
-        "_load_pretrained_model",
-        "save_pretrained",
-        "initialize_weights",
-        "_check_and_adjust_attn_implementation",
-    ):
+    for name in (*_PATCHED, "save_pretrained", "initialize_weights"):
         if not hasattr(PreTrainedModel, name):
             raise RuntimeError(
                 f"transformers = {transformers.__version__} has no PreTrainedModel.{name}, "
@@ -90,13 +90,7 @@ def watch_construction(watcher: Watcher) -> Iterator[None]:
 
 def _patch() -> None:
     cls: Any = model_class()
-    names = (
-        "post_init",
-        "from_pretrained",
-        "_load_pretrained_model",
-        "_check_and_adjust_attn_implementation",
-    )
-    _originals.update({name: cls.__dict__[name] for name in names})
+    _originals.update({name: cls.__dict__[name] for name in _PATCHED})
     post_init, from_pretrained = cls.post_init, cls.from_pretrained.__func__
     choose_attention, load = cls._check_and_adjust_attn_implementation, cls._load_pretrained_model
     loading = threading.local()
@@ -245,10 +239,14 @@ def initialize_weights(model: Any) -> None:
     """Run Transformers' own initialiser over all modules again, whatever was done before."""
     for module in model.modules():
         module._is_hf_initialized = False
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameter._is_hf_initialized = False
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False
     model.initialize_weights()
+
+
+def uninitialized_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `initialize_weights` would visit."""
+    return [m for m in model.modules() if not getattr(m, "_is_hf_initialized", False)]
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tensorpar import attention_choice, hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.delayed import fill
 from tensorpar.foreign_shards import refuse_foreign_shards
+from tensorpar.initialising import InitialisesAlike
 from tensorpar.loading import LOADED, Keeper, fact
 from tensorpar.lora import without_adapters
 from tensorpar.mesh import tp_mesh
@@ -160,6 +161,7 @@ def _hang_doors(
             module.register_load_state_dict_pre_hook(refuse_foreign_shards)
         if hf_compat.is_model(module):
             bind(module)
+            mix_in(module, InitialisesAlike)
             bind_resizing(module, root or module)
             attention_choice.bind(module)
         if isinstance(module, ParallelAttention) and own.reproducible_dropout:

@@ -130,6 +130,7 @@ def mix_in(module: nn.Module, mixin: type) -> None:
         if issubclass(mixin, OwnMethods):
             name = base.__name__
             namespace |= {"__qualname__": base.__qualname__, "__new__": _plain_instance}
+            namespace["__init__"] = _is_built
         mixed = type(name, (mixin, base), namespace)
         known[mixin] = mixed
     module.__class__ = mixed
@@ -138,6 +139,13 @@ def mix_in(module: nn.Module, mixin: type) -> None:
 def _plain_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
     """`type(model)(config)` is what it would be if `model` were not parallel."""
     return next(c for c in cls.__mro__ if not issubclass(c, OwnMethods))(*args, **kwargs)
+
+
+def _is_built(_: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """`__init__` of a mixture, which Python calls when `_plain_instance` returns one of that class.
+
+    So it does inside `tensor_parallelism()`: a second constructor would build it anew.
+    """
 
 
 def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:

@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.empty_shards import answer_empty_shards
+from tensorpar.gathering import whole_parameter
 from tensorpar.mesh import tp_mesh
 from tensorpar.narrowing import Narrowing
 from tensorpar.nn.vocabulary import VocabParallelHead
-from tensorpar.parameters import OwnMethods, mix_in, shard_dim
+from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.styles import VocabParallel
 
 #: a module and the name of one of its parameters.
@@ -159,9 +160,6 @@ def _gather(places: list[Place]) -> None:
         if not isinstance(old, DTensor):
             continue
         if old not in whole:
-            assert shard_dim(old) == 0
-            # gathered tensors are padded where shards are uneven: a dense copy is kept
-            full = old.detach().full_tensor().clone(memory_format=torch.contiguous_format)
-            whole[old] = nn.Parameter(full, requires_grad=old.requires_grad)
+            whole[old] = whole_parameter(module, name)
             old._tensorpar_replaced = True
         module._parameters[name] = whole[old]

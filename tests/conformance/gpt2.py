@@ -220,6 +220,11 @@ def require_equal_ranks(results: list[Tensors]) -> None:
         assert not unequal, f"rank {rank} differs from rank 0 in {unequal}"
 
 
+def scale_of(tensors: Tensors) -> float:
+    """The largest value, to which rounding is relative; at least 1."""
+    return max(1.0, *(x.abs().max().item() for x in tensors.values()))
+
+
 def require_close(ours: Tensors, reference: Tensors, tolerance: float) -> None:
     """The same names and shapes, and values within an absolute tolerance."""
     assert ours.keys() == reference.keys()

@@ -10,6 +10,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensorpar
+from tests.conformance import flash_kernel
 from tests.conformance.families import (
     BEHIND_FLOAT32,
     CASES,
@@ -18,17 +19,21 @@ from tests.conformance.families import (
     build,
     build_causal,
     compared,
+    generated,
     inputs,
     tiny_config,
 )
-from tests.conformance.gpt2 import Tensors, default_dtype, require_close, require_equal_ranks
+from tests.conformance.gpt2 import (
+    Tensors,
+    default_dtype,
+    detached,
+    require_close,
+    require_equal_ranks,
+    scale_of,
+)
+from tests.conformance.test_generation import prompt
 
 FLEX = [family for family in sorted(CASES) if family in ("bert", "roberta", "gptneox")]
-
-
-def scale(reference: Tensors) -> float:
-    """The largest value, to which float32's error is relative."""
-    return max(x.abs().max().item() for x in reference.values())
 
 
 def computed_with(family: str, attention: str, chosen_later: bool, parallel: bool) -> Tensors:
@@ -72,7 +77,7 @@ def test_attention_back_end(ranks, family, attention, chosen_later):
     require_equal_ranks(results)
     reference = computed_with(family, attention, chosen_later, False)
     fused = family in IN_FLOAT32 and attention == "sdpa"
-    require_close(results[0], reference, BEHIND_FLOAT32 * scale(reference) if fused else EXACT)
+    require_close(results[0], reference, BEHIND_FLOAT32 * scale_of(reference) if fused else EXACT)
     if fused:  # float64 scores instead of Transformers' float32 ones
         assert not torch.equal(results[0]["output/logits"], reference["output/logits"])
 
@@ -99,6 +104,32 @@ def test_flex_attention(ranks, family):
     results = ranks(2).run(flexed, family, True)
     require_equal_ranks(results)
     require_close(results[0], flexed(family, False), 1e-5)
+
+
+def flashed(family: str, parallel: bool) -> tuple[Tensors, set[int]]:
+    """Outputs and gradients, with padding and without, and tokens; the kernel's head counts."""
+    config = {"attn_implementation": "flash_attention_2"}
+    with flash_kernel.installed() as heads:
+        model = build_causal(family, parallel=parallel, config=config)
+        given = inputs("", labels=False)
+        padded = detached(compared(model, given, given["attention_mask"]), "padded")
+        model.zero_grad()
+        found = compared(model, {"input_ids": given["input_ids"]})
+        tokens = generated(model.eval(), prompt(), max_new_tokens=3, do_sample=False)
+    assert tokens.pop("logits").isfinite().all()
+    return found | padded | tokens, heads
+
+
+@pytest.mark.feature("flash attention, its kernel replaced by a stand-in")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_flash_attention(ranks, family):
+    """The kernel gets this rank's heads, or a pretended one, and all else is one process's."""
+    results = ranks(4).run(flashed, family, True)
+    require_equal_ranks([found for found, _ in results])
+    reference, heads = flashed(family, False)
+    require_close(results[0][0], reference, EXACT)
+    assert heads == {5}
+    assert [own for _, own in results] == [{2}, {2}, {1}, {1}]
 
 
 def asked_for_flash(family: str, parallel: bool) -> str:

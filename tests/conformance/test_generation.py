@@ -144,6 +144,45 @@ def test_assisted_decoding(ranks, family):
     require_close(results[0], assisted(family, False), CLOSE)
 
 
+def contrastive(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Contrastive search (Su et al., 2022), of which Transformers has only the name by now.
+
+    Each of the three likeliest tokens is tried; one is taken that is likely and unlike the past.
+    """
+    seen = {"use_cache": True, "output_hidden_states": True}
+    output = model(input_ids, **seen)
+    past, logits = output.hidden_states[-1], output.logits[:, -1]
+    for _step in range(4):
+        likely = logits.softmax(-1).topk(3)
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(3)
+        output = model(likely.indices.view(-1, 1), past_key_values=cache, **seen)
+        new = output.hidden_states[-1]
+        alike = torch.cosine_similarity(new, past.repeat_interleave(3, 0), dim=-1).amax(-1)
+        best = (0.4 * likely.values.view(-1) - 0.6 * alike).view(-1, 3).argmax(-1)
+        rows = best + 3 * torch.arange(len(best))
+        output.past_key_values.batch_select_indices(rows)
+        input_ids = torch.cat([input_ids, likely.indices.view(-1, 1)[rows]], 1)
+        past, logits = torch.cat([past, new[rows]], 1), output.logits[rows, -1]
+    return input_ids
+
+
+def searched(family: str, parallel: bool) -> torch.Tensor:
+    """Tokens of a decoding loop that is given to `generate`."""
+    model = build_causal(family, parallel=parallel, fused_attention=False).eval()
+    row = prompt()["input_ids"][1]
+    ids = torch.stack([row, row.flip(0)])
+    return model.generate(ids, custom_generate=contrastive, max_new_tokens=4)
+
+
+@pytest.mark.feature("custom_generate: a decoding loop of one's own, contrastive search")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_a_decoding_loop_of_ones_own(ranks, family):
+    """It may read hidden states, and repeat and choose rows of the cache."""
+    reference = searched(family, False)
+    assert all(torch.equal(found, reference) for found in ranks(2).run(searched, family, True))
+
+
 def seen_while_generating(family: str, parallel: bool) -> Tensors:
     """Scores, and every step's attentions of all heads and hidden states.
 

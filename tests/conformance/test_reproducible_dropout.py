@@ -28,6 +28,7 @@ from tests.conformance.gpt2 import (
     gradients_of,
     require_close,
     require_equal_ranks,
+    scale_of,
     weights_of,
 )
 
@@ -99,7 +100,7 @@ def one_process() -> Callable[[str], dict[str, Tensors]]:
 def require_alike(results: Sequence[Tensors], reference: Tensors, tolerance: float) -> None:
     """Ranks equal each other bit for bit, and the reference as its precision allows."""
     require_equal_ranks(list(results))
-    scale = max(1.0, reference["losses"].abs().max().item())
+    scale = scale_of({"losses": reference["losses"]})
     ours, own = dict(results[0]), dict(reference)
     assert torch.equal(ours.pop("next random number"), own.pop("next random number"))
     torch.testing.assert_close(
@@ -166,11 +167,6 @@ def test_without_the_option_each_rank_draws_its_own(ranks, family):
     for place, mask in enumerate(masks):
         assert 0.1 < mask.double().mean() < 0.8
         assert not any(torch.equal(mask, other) for other in masks[place + 1 :])
-
-
-def scale_of(tensors: Tensors) -> float:
-    """The largest value, or 1."""
-    return max(1.0, *(x.abs().max().item() for x in tensors.values()))
 
 
 def test_gpus_draw_sdpa_in_an_unknown_order():

@@ -19,7 +19,7 @@ from tests.conformance.families import (
     compared,
     inputs,
 )
-from tests.conformance.gpt2 import Tensors, require_close, require_equal_ranks
+from tests.conformance.gpt2 import Tensors, require_close, require_equal_ranks, scale_of
 
 ENCODER: dict[str, list[dict[str, Any]]] = {
     "hidden_act": [{"hidden_act": "relu"}, {"hidden_act": "gelu_new"}],
@@ -106,8 +106,7 @@ def test_windows_of_fused_attention(ranks, feature):
     changes = VARIANTS["gptneo"][feature]
     results = ranks(2).run(computed, "gptneo", changes, True, True)
     reference = computed("gptneo", changes, False, False)
-    scale = max(x.abs().max().item() for x in reference.values())
-    require_close(results[0], reference, BEHIND_FLOAT32 * scale)
+    require_close(results[0], reference, BEHIND_FLOAT32 * scale_of(reference))
 
 
 def rotated_and_fused(parallel: bool) -> Tensors:
@@ -119,8 +118,7 @@ def test_rotations_of_fused_attention(ranks):
     """GPT-J's rotations do not depend on how attention is computed."""
     results = ranks(2).run(rotated_and_fused, True)
     reference = rotated_and_fused(False)
-    scale = max(x.abs().max().item() for x in reference.values())
-    require_close(results[0], reference, BEHIND_FLOAT32 * scale)
+    require_close(results[0], reference, BEHIND_FLOAT32 * scale_of(reference))
 
 
 def tied_otherwise(family: str, parallel: bool) -> Tensors:
@@ -161,5 +159,4 @@ def test_upcast_attention(ranks, family):
     assert family not in IN_FLOAT32
     results = ranks(2).run(upcast, True)
     reference = upcast(False)
-    scale = max(x.abs().max().item() for x in reference.values())
-    require_close(results[0], reference, 1e-5 * scale)
+    require_close(results[0], reference, 1e-5 * scale_of(reference))

@@ -34,7 +34,7 @@ FLOORS = [
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "sequence", "delayed", "families", "recognition"},
-    {"saving", "loading", "attention_choice", "adapter_files", "data_parallel"},
+    {"saving", "loading", "initialising", "attention_choice", "adapter_files", "data_parallel"},
     {"narrowing"},
     {"resizing", "lora", "given_tensors"},
     {"parallelize"},
