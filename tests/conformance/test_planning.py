@@ -39,8 +39,8 @@ def really(job: Wanted) -> Figures:
 
 
 def require_peak(plan: Figures, real: list[Figures]) -> None:
-    """That of the rank that has most, but for late garbage."""
-    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
+    """That of the rank that has most, but for a number or two in a collective that just ended."""
+    assert plan.peak == pytest.approx(max(one.peak for one in real), abs=64)
 
 
 def require_planned(plan: Figures, real: list[Figures]) -> None:
