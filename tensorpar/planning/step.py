@@ -73,7 +73,7 @@ def planned(wanted: Wanted) -> Figures:
     with pretended_world(wanted.tp, wanted.dp), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         dp_mesh = world().mesh["dp"]
-        with nothing, tensor_parallelism():
+        with nothing, tensor_parallelism(sequence_parallel=wanted.sequence_parallel):
             model = built(wanted)
         if wanted.dp > 1:  # makes meshes, which need values
             DataParallel(wanted.data_parallel).apply(model, dp_mesh)

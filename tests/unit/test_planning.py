@@ -51,9 +51,12 @@ def test_the_command(model, tmp_path, capsys):
     """A table, the degrees that fit, a chart; the model's class from its config."""
     drawn = tmp_path / "plan.png"
     options = ["--tp", "2", "--batch", "3", "--sequence", "9", "--memory", "500KB"]
+    options.append("--sequence-parallel")
     assert main(["plan", str(model), *options, "--chart", str(drawn)]) == 0
     told = capsys.readouterr().out
-    plan = planned(Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", tp=2, batch=3, sequence=9))
+    size = {"tp": 2, "batch": 3, "sequence": 9, "sequence_parallel": True}
+    plan = planned(Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", **size))
+    assert "adamw, sequence parallel" in told
     for name in ("parameters", "gradients", "optimizer", "activations", "peak", "flop"):
         assert f"{getattr(plan, name):,}" in told
     fits = dict(re.findall(r"^ +(\d+) .*%, (fits|does not fit)$", told, re.MULTILINE))
