@@ -125,3 +125,16 @@ def test_help_imports_neither_transformers_nor_matplotlib():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("[]\n")
     assert all(name in done.stdout for name in ("translate", "inspect", "verify", "plan"))
+
+
+def test_data_parallel_ranks_hold_even_shares():
+    """The 3 of q|k|v and a rank's few heads are not what eight ranks share a weight along."""
+
+    def parameters(tp: int, dp: int) -> int:
+        size = {"batch": 1, "sequence": 9}
+        wanted = Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", tp=tp, dp=dp, **size)
+        return planned(wanted).parameters
+
+    assert 8 * parameters(2, 8) < 1.1 * parameters(2, 1)
+    # a tensor-parallel rank without a head has nothing to share: there it stays as it was
+    assert 8 * parameters(8, 8) > 1.2 * parameters(8, 1)
