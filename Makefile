@@ -47,6 +47,7 @@ bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_loading.py --size 0.6 --turns 3
 	$(BIN)/python benchmarks/bench_saving.py --size 0.6 --turns 3
 	$(BIN)/python benchmarks/bench_sequence_memory.py
+	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_scale.py
 
 # a virtual environment, its constraints: installs the extra that the target is named after; torch

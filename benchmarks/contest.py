@@ -12,10 +12,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.connection import wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -83,36 +85,63 @@ class Contestant:
             seat = Seat(rank, ranks, max(threads // ranks, 1), f"{folder}/{id(self)}")
             process = context.Process(target=_serve, args=(theirs, work, seat), daemon=True)
             process.start()
+            theirs.close()  # or its end would not be noticed
             self.pipes.append(ours)
             self.processes.append(process)
 
     def __enter__(self) -> Contestant:
-        try:
-            reasons = {pipe.recv() for pipe in self.pipes} - {None}
-        except EOFError:
-            for process in self.processes:
-                process.join(timeout=5)
-            reasons = {f"it died, exit codes {[process.exitcode for process in self.processes]}"}
-        if reasons:
-            for process in self.processes:
-                process.kill()
+        if reasons := set(self._answers()) - {None}:
+            self._kill()
             raise AbsentError("; ".join(sorted(reasons)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(False)
+            with suppress(BrokenPipeError):  # it has died, which is what `error` says
+                pipe.send(False)
             process.join(timeout=10)
 
     def turn(self) -> tuple[float, Any]:
-        """Seconds until the slowest rank is done, and what rank 0 returned."""
+        """Seconds until the slowest rank is done, and what rank 0 returned.
+
+        Raises:
+            AbsentError: a rank died; what it said is on the screen.
+        """
         start = time.perf_counter()
         for pipe in self.pipes:
             pipe.send(True)
-        results = [pipe.recv() for pipe in self.pipes]
+        results = self._answers()
         seconds = time.perf_counter() - start
         self.cpu_seconds.append(sum(cpu for _, cpu in results))
         return seconds, results[0][0]
+
+    def _answers(self) -> list[Any]:
+        """Every rank's, in order; once one has died, the others wait for it and are not waited for.
+
+        Raises:
+            AbsentError: one died; the others are ended.
+        """
+        answers: dict[Any, Any] = {}
+        while waiting := [pipe for pipe in self.pipes if pipe not in answers]:
+            for pipe in wait(waiting):
+                try:
+                    answers[pipe] = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self._kill()
+                    codes = [process.exitcode for process in self.processes]
+                    raise AbsentError(f"it died, exit codes {codes}") from None
+        return [answers[pipe] for pipe in self.pipes]
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.join(timeout=1)  # who failed is to say why
+            process.kill()
+            process.join()
 
 
 def _serve(pipe: Any, work: Work, seat: Seat) -> None:

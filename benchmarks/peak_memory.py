@@ -9,10 +9,15 @@ from types import TracebackType
 _STATUS = Path("/proc/self/status")
 
 
-def anonymous_bytes() -> int:
-    """`RssAnon` of Linux now."""
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("RssAnon"))
+def memory(name: str) -> int:
+    """Bytes now, by Linux's name for them: `RssAnon`, `VmRSS`, `VmHWM`."""
+    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
+
+
+def anonymous_bytes() -> int:
+    """What the process has allocated and touched, files that it mapped left out."""
+    return memory("RssAnon")
 
 
 class Peak:

@@ -3,7 +3,8 @@
     python examples/train_gpt2.py --name one                      # plain Transformers
     torchrun --nproc-per-node 2 examples/train_gpt2.py --name tp2 --tp 2 --threads 1
     torchrun --nproc-per-node 4 examples/train_gpt2.py --name both --tp 2 --threads 1 \\
-        --data-parallel fsdp --dtype bfloat16 --gradient-checkpointing --checkpoints out/both/run
+        --data-parallel fsdp --dtype bfloat16 --gradient-checkpointing --sequence-parallel \\
+        --checkpoints out/both/run
 
 The last one has two replicas of a model on two ranks each, and resumes where it was stopped when it
 is started again. What is about parallelism is in `build_model` and `Batches`, what is about
@@ -61,7 +62,8 @@ def build_model(vocab_size: int, args: Namespace) -> Model:
     if parallel:
         tp.init(tensor_parallel_degree=args.tp, device_type="cpu")  # where "one" runs too
     torch.manual_seed(SEED)
-    with tp.tensor_parallelism() if parallel else nullcontext():
+    split = tp.tensor_parallelism(sequence_parallel=args.sequence_parallel)
+    with split if parallel else nullcontext():
         model = AutoModelForCausalLM.from_config(config)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -206,11 +208,16 @@ def main() -> None:
     parser.add_argument("--data-parallel", choices=["fsdp", "replicate"], default="fsdp")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--checkpoints", help="folder or URL of checkpoints, to resume from")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each rank")
     args = parser.parse_args()
-    if not dist.is_torchelastic_launched() and (args.tp > 1 or args.checkpoints):
-        parser.error("--tp and --checkpoints need torchrun --nproc-per-node ...")
+    if not dist.is_torchelastic_launched() and (
+        args.tp > 1 or args.checkpoints or args.sequence_parallel
+    ):
+        parser.error(
+            "--tp, --checkpoints and --sequence-parallel need torchrun --nproc-per-node ..."
+        )
     logging.set_verbosity_error()  # Transformers says at each run which loss GPT-2 has
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)

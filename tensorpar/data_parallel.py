@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,12 +24,16 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from tensorpar.agreement import require_agreement
+from tensorpar.parameters import shard_dim
+from tensorpar.partition import chunk_sizes
 
 Kind = Literal["fsdp", "replicate"]
+#: one row in so many may be padding: cutting dim 0 takes no copies around the collectives.
+MOST_PADDING = 16
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,33 @@ class DataParallel:
             "offload_policy": host if self.cpu_offload else OffloadPolicy(),
         }
         if self.kind == "fsdp":
+            options["shard_placement_fn"] = partial(placement_over, size=mesh.size())
             fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
         else:
             replicate(unit, **options)
+
+
+def placement_over(parameter: nn.Parameter, size: int) -> Shard | None:
+    """Where FSDP2 cuts a parameter; None for its rule, which is dim 0, padded.
+
+    A first dim as short as the 3 of fused q|k|v, or a rank's few heads, would leave most of `size`
+    data-parallel ranks without a part of it. FSDP2 cuts other dims where they divide, and where no
+    tensor-parallel rank's shard is empty.
+
+    Args:
+        parameter: on the tp mesh.
+        size: of the dp mesh.
+    """
+    shape, sharded = list(parameter.shape), shard_dim(parameter)
+    if isinstance(parameter, DTensor) and sharded is not None:
+        sizes = chunk_sizes(shape[sharded], parameter.device_mesh.size())
+        if not sizes[-1]:
+            return None
+        shape[sharded] = sizes[0]  # of all ranks, which must decide alike
+    if not shape or -shape[0] % size * MOST_PADDING <= shape[0]:
+        return None
+    even = [d for d in range(1, len(shape)) if d != sharded and shape[d] % size == 0]
+    return Shard(max(even, key=shape.__getitem__)) if even else None
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

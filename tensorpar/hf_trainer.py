@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,31 @@ if missing := [name for name in _HOOKS if not hasattr(transformers.Trainer, name
     )
 
 
-class HookedTrainer(transformers.Trainer):
-    """A `Trainer` that asks its subclass to keep, restore and take back everything, on all ranks.
+class HookedTrainer(transformers.Trainer, ABC):
+    """A `Trainer` whose subclass keeps, restores and takes back everything, on all ranks.
 
     Random states are part of everything; `Trainer` asks for them apart, later.
     """
 
+    @abstractmethod
     def keep(self, folder: str) -> None:
         """Write model, optimizer, scheduler and random states."""
-        raise NotImplementedError
 
+    @abstractmethod
     def require(self, folder: str) -> None:
         """Raise unless `restore` could read the folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, folder: str) -> None:
         """The inverse of `keep`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore_random_states(self) -> None:
         """Those that `restore` has read, again: data has been skipped in between."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore_best(self, folder: str) -> None:
         """The model alone."""
-        raise NotImplementedError
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self.keep(output_dir)

@@ -43,6 +43,7 @@ def add(commands: Any, num_bytes: Callable[[str], int]) -> None:
     )
     command.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"))
     command.add_argument("--gradient-checkpointing", action="store_true")
+    command.add_argument("--sequence-parallel", action="store_true")
     command.add_argument("--memory", help="of one rank, e.g. 24GB: also print which degrees fit it")
     command.add_argument("--chart", type=Path, metavar="FILE.png", help="draw what a rank holds")
     command.set_defaults(run=lambda chosen: _run(chosen, num_bytes))
@@ -106,4 +107,5 @@ def _wanted(chosen: argparse.Namespace) -> Any:
         dtype=getattr(torch, chosen.dtype),
         optimizer=chosen.optimizer,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        sequence_parallel=chosen.sequence_parallel,
     )

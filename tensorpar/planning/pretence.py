@@ -19,6 +19,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensorpar import mesh
+from tensorpar.hf_masks import rows_of_one_sequence
 
 
 @contextmanager
@@ -56,6 +57,7 @@ class NoStorage:
 
     def __enter__(self) -> NoStorage:
         stack = ExitStack()
+        stack.enter_context(rows_of_one_sequence())
         stack.enter_context(self._fake)
         stack.enter_context(_ZeroForUnknown())
         self._stacks.append(stack)

@@ -73,7 +73,7 @@ def planned(wanted: Wanted) -> Figures:
     with pretended_world(wanted.tp, wanted.dp), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         dp_mesh = world().mesh["dp"]
-        with nothing, tensor_parallelism():
+        with nothing, tensor_parallelism(sequence_parallel=wanted.sequence_parallel):
             model = built(wanted)
         if wanted.dp > 1:  # makes meshes, which need values
             DataParallel(wanted.data_parallel).apply(model, dp_mesh)
@@ -136,9 +136,11 @@ def watched(
     forward: Callable[[], Any],
     notes: tuple[str, ...] | list[str] = (),
 ) -> Figures:
-    """Two training steps: what the first keeps, and the rest of the second.
+    """Two training steps: what the first keeps and computes, and the rest of the second.
 
     Optimizer state exists from the end of the first step on, so a step's peak is the second's.
+    torch's counter of operations hangs hooks on modules, which keep a recomputed block alive longer
+    than it is without them: it may not watch the step whose peak is taken.
 
     Args:
         model: parallel, in training.
@@ -148,12 +150,13 @@ def watched(
             what backward begins from.
         notes: passed through.
     """
-    activations = _kept(model, optimizer, given, forward)
+    flop = FlopCounterMode(display=False, custom_mapping=_FLOP_ON_CPU)
+    with flop:
+        activations = _kept(model, optimizer, given, forward)
     state = [value for one in optimizer.state.values() for value in one.values()]
     tensors = [value for value in state if isinstance(value, Tensor)]
     live = LiveBytes([*_lasting(model), *tensors, *given.values()])
-    flop = FlopCounterMode(display=False, custom_mapping=_FLOP_ON_CPU)
-    with flop, live, Traffic() as traffic:
+    with live, Traffic() as traffic:
         traffic.phase = "forward"
         loss = _loss(forward())
         traffic.phase = "backward"

@@ -33,6 +33,7 @@ class Wanted:
         dtype: of parameters, gradients, optimizer state and activations.
         optimizer: `"adamw"` (fused) or `"sgd"` (without momentum).
         gradient_checkpointing: whether each block's activations are recomputed in backward.
+        sequence_parallel: whether activations between parallel regions are split over tp ranks.
 
     Raises:
         ValueError: a size that is not positive, a sequence that the model has no positions for, a
@@ -49,6 +50,7 @@ class Wanted:
     dtype: torch.dtype = torch.float32
     optimizer: OptimizerName = "adamw"
     gradient_checkpointing: bool = False
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "batch", "sequence"):
@@ -136,9 +138,10 @@ def head_of(config: Any, given: str | None) -> str:
 def described(wanted: Wanted) -> str:
     """One line."""
     told = {field.name: getattr(wanted, field.name) for field in fields(wanted)}
-    checkpointing = ", gradient checkpointing" if wanted.gradient_checkpointing else ""
+    names = ("gradient_checkpointing", "sequence_parallel")
+    options = "".join(f", {name.replace('_', ' ')}" for name in names if told[name])
     copies = f" x dp {told['dp']} ({told['data_parallel']})" if wanted.dp > 1 else ""
     return (
         f"{told['head']}, tp {told['tp']}{copies}, batch {told['batch']} x {told['sequence']} per "
-        f"copy, {str(told['dtype'])[6:]}, {told['optimizer']}{checkpointing}"
+        f"copy, {str(told['dtype'])[6:]}, {told['optimizer']}{options}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def wanted(family: str, **changes: Any) -> Wanted:
 
 def really(job: Wanted) -> Figures:
     """The same step, done."""
-    with tensorpar.tensor_parallelism():
+    with tensorpar.tensor_parallelism(sequence_parallel=job.sequence_parallel):
         model = built(job)
     if job.dp > 1:
         model = tensorpar.DistributedModel(model, data_parallel=job.data_parallel)
@@ -38,9 +39,16 @@ def really(job: Wanted) -> Figures:
     return watched(model, optimizer_of(job, model), given, lambda: model(**given))
 
 
-def require_peak(plan: Figures, real: list[Figures]) -> None:
-    """That of the rank that has most, but for late garbage."""
-    assert plan.peak == pytest.approx(max(one.peak for one in real), rel=0.05)
+def require_peak(plan: Figures, real: list[Figures], gloo: float = 0) -> None:
+    """That of the rank that has most, but for a number or two in a collective that just ended.
+
+    Args:
+        plan: what was said before.
+        real: of each rank.
+        gloo: share of the peak by which its reduce-scatter, which sums in a copy, may exceed it.
+    """
+    most = max(one.peak for one in real)
+    assert -64 <= most - plan.peak <= max(64, gloo * most)
 
 
 def require_planned(plan: Figures, real: list[Figures]) -> None:
@@ -65,17 +73,26 @@ def test_a_plan_is_what_happens(ranks, family):
         require_peak(plan, real)
 
 
-def test_a_plan_of_recomputed_activations(ranks):
-    """Gradient checkpointing, of a family that sums attention and MLP at once."""
-    job = wanted("gptj", tp=2, gradient_checkpointing=True, optimizer="sgd")
-    require_planned(planned(job), ranks(2).run(really, job))
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_a_plan_of_recomputed_activations(ranks, family):
+    """Gradient checkpointing, which turns caches off: of a family without a mask, and with one."""
+    job = wanted(family, tp=2, gradient_checkpointing=True, optimizer="sgd")
+    plan, real = planned(job), ranks(2).run(really, job)
+    require_planned(plan, real)
+    require_peak(plan, real)
 
 
-@pytest.mark.xfail(strict=False, reason="the plan misses memory that real ranks hold: 8 % and more")
-def test_the_peak_of_a_step_with_recomputed_activations(ranks):
-    """The one figure of a plan that is not what happens yet."""
-    job = wanted("gptj", tp=2, gradient_checkpointing=True, optimizer="sgd")
-    require_peak(planned(job), ranks(2).run(really, job))
+@pytest.mark.feature("tensorpar plan with sequence parallelism")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_a_plan_of_a_split_sequence(ranks, family):
+    """Nine positions over two ranks and, where blocks are recomputed, over four."""
+    jobs = [wanted(family, tp=2, sequence_parallel=True)]
+    if family == "gpt2":
+        jobs.append(replace(jobs[0], tp=4, gradient_checkpointing=True))
+    for job in jobs:
+        plan, real = planned(job), ranks(job.tp).run(really, job)
+        require_planned(plan, real)
+        require_peak(plan, real, gloo=0.03)
 
 
 @pytest.mark.parametrize("kind", sorted(DATA_PARALLEL))

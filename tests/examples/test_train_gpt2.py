@@ -1,4 +1,4 @@
-"""The tutorial's options: replicas of a sharded model, precision, recomputation, resuming."""
+"""The tutorial's options: replicas of a sharded model, precision, recomputation, resuming, rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tensorpar
+from tensorpar.sequence import SplitBlock
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 3
@@ -31,6 +32,7 @@ def losses(folder: str, degree: int, kind: str, dtype: str) -> list[float]:
             data_parallel=kind,
             dtype=dtype,
             gradient_checkpointing=True,
+            sequence_parallel=True,
             checkpoints=folder,
             steps=STEPS,
         )
@@ -38,6 +40,7 @@ def losses(folder: str, degree: int, kind: str, dtype: str) -> list[float]:
         found, _, held_out = train_gpt2.fit(model, ids, ids[:128].view(1, 128), args)
         if degree > 1:
             assert isinstance(model, tensorpar.DistributedModel)
+            assert isinstance(model.module.transformer.h[0], SplitBlock)
             assert (tensorpar.dp_size(), tensorpar.tp_size()) == (2, 2)
         assert list(held_out) == list(range(STEPS + 1))
         return found

@@ -17,6 +17,7 @@ FLOORS = [
         "config",
         "foreign_shards",
         "hf_compat",
+        "hf_masks",
         "hf_trainer",
         "options",
         "partition",

@@ -51,9 +51,12 @@ def test_the_command(model, tmp_path, capsys):
     """A table, the degrees that fit, a chart; the model's class from its config."""
     drawn = tmp_path / "plan.png"
     options = ["--tp", "2", "--batch", "3", "--sequence", "9", "--memory", "500KB"]
+    options.append("--sequence-parallel")
     assert main(["plan", str(model), *options, "--chart", str(drawn)]) == 0
     told = capsys.readouterr().out
-    plan = planned(Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", tp=2, batch=3, sequence=9))
+    size = {"tp": 2, "batch": 3, "sequence": 9, "sequence_parallel": True}
+    plan = planned(Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", **size))
+    assert "adamw, sequence parallel" in told
     for name in ("parameters", "gradients", "optimizer", "activations", "peak", "flop"):
         assert f"{getattr(plan, name):,}" in told
     fits = dict(re.findall(r"^ +(\d+) .*%, (fits|does not fit)$", told, re.MULTILINE))
@@ -122,3 +125,16 @@ def test_help_imports_neither_transformers_nor_matplotlib():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("[]\n")
     assert all(name in done.stdout for name in ("translate", "inspect", "verify", "plan"))
+
+
+def test_data_parallel_ranks_hold_even_shares():
+    """The 3 of q|k|v and a rank's few heads are not what eight ranks share a weight along."""
+
+    def parameters(tp: int, dp: int) -> int:
+        size = {"batch": 1, "sequence": 9}
+        wanted = Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", tp=tp, dp=dp, **size)
+        return planned(wanted).parameters
+
+    assert 8 * parameters(2, 8) < 1.1 * parameters(2, 1)
+    # a tensor-parallel rank without a head has nothing to share: there it stays as it was
+    assert 8 * parameters(8, 8) > 1.2 * parameters(8, 1)
