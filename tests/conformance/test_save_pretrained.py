@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tensorpar import collecting, hf_compat
+from tensorpar import hf_compat, pieces
 from tensorpar.files import writing
 from tests.conformance.families import CASES as FAMILIES
 from tests.conformance.families import build
@@ -84,7 +84,7 @@ def saves(family: str, folder: str) -> None:
         for name, options in WAYS.items():
             with pytest.MonkeyPatch.context() as patch:
                 if name == "small pieces":
-                    patch.setattr(collecting, "PIECE_BYTES", SMALL_PIECES)
+                    patch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES)
                 model.save_pretrained(f"{folder}/{head}/{name}", **options)
 
 
@@ -213,12 +213,12 @@ def largest_allocation(folder: str) -> int:
                     largest = max(largest, result.nbytes)
             return result
 
-    collecting.PIECE_BYTES, usual = 512, collecting.PIECE_BYTES
+    pieces.PIECE_BYTES, usual = 512, pieces.PIECE_BYTES
     try:
         with Watch():
             model.save_pretrained(folder)
     finally:
-        collecting.PIECE_BYTES = usual
+        pieces.PIECE_BYTES = usual
     return largest
 
 
@@ -287,10 +287,10 @@ def test_a_trained_model_is_saved_as_trained(ranks, tmp_path):
 
 def test_pieces_cover_a_tensor_once(monkeypatch):
     """Every element lies in one piece, and pieces are no larger than they may be."""
-    monkeypatch.setattr(collecting, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
     for shape in ((), (3,), (40,), (5, 7), (2, 3, 9), (2, 100), (0, 4), (4, 0), (1, 1, 1)):
         counts = torch.zeros(shape)
-        for piece in collecting.pieces(shape, 4):
+        for piece in pieces.pieces(shape, 4):
             counts[piece] += 1
             assert counts[piece].numel() <= 16
         assert (counts == 1).all(), shape
