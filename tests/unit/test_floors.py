@@ -18,6 +18,7 @@ FLOORS = [
         "foreign_shards",
         "hf_compat",
         "hf_trainer",
+        "large_pages",
         "options",
         "partition",
         "pattern",
