@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from contest import Contestant, Seat, alternate, ratio, record
-from folders import affordable, file_system, make_model
+from contest import Seat, alternate, entered, ratio, record
+from folders import affordable, file_system, make_model, parse_arguments
 from peak_memory import Peak
 from torch.distributed.tensor import DTensor
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-loading-") as name:
         folder = Path(name)
@@ -41,15 +40,6 @@ def main() -> None:
     record("loading_cpu", result)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=float, default=1, help="billions of parameters")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    return parser.parse_args()
-
-
 def contest(args: argparse.Namespace, family: str, source: Path, num_bytes: int) -> dict[str, Any]:
     """Turns of all contestants for one model."""
     entries: dict[str, tuple[Callable[..., Any], int]] = {
@@ -60,10 +50,7 @@ def contest(args: argparse.Namespace, family: str, source: Path, num_bytes: int)
     if family == "gptneox":
         entries["transformers, tp 2"] = (partial(loads, str(source), "transformers"), 2)
     with ExitStack() as stack:
-        contestants = {
-            name: stack.enter_context(Contestant(work, ranks, args.threads, str(source.parent)))
-            for name, (work, ranks) in entries.items()
-        }
+        contestants = entered(stack, entries, args.threads, source.parent)
         times, results = alternate(contestants, warmup=1, turns=args.turns)
     if len({told["sum"] for turns in results.values() for told in turns}) > 1:
         raise SystemExit("the contestants loaded different values")
@@ -81,6 +68,8 @@ def loads(source: str, way: str, seat: Seat) -> Callable[[], dict[str, Any]]:
 
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if way == "tensorpar":
+        tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
     if way == "transformers":
         told = {"RANK": seat.rank, "LOCAL_RANK": seat.rank, "WORLD_SIZE": seat.num_ranks}
         os.environ.update({name: str(value) for name, value in told.items()})
@@ -93,7 +82,7 @@ def loads(source: str, way: str, seat: Seat) -> Callable[[], dict[str, Any]]:
             model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
             total, held = read_once(model, seat)
         told = {"requested": requested.num_bytes, "peak": peak.bytes, "held": held}
-        return {"sum": total, "ranks": from_all(told, seat)}
+        return {"sum": total, "ranks": seat.from_all(told)}
 
     return turn
 
@@ -110,16 +99,7 @@ def read_once(model: torch.nn.Module, seat: Seat) -> tuple[int, int]:
         bits = sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
         held += local.nbytes
         sharded, replicated = sharded + bits * (not whole), replicated + bits * whole
-    return sum(from_all(sharded, seat)) + replicated, held
-
-
-def from_all(value: Any, seat: Seat) -> list[Any]:
-    """The value of every rank."""
-    if seat.num_ranks == 1:
-        return [value]
-    values = [None] * seat.num_ranks
-    dist.all_gather_object(values, value)
-    return values
+    return sum(seat.from_all(sharded)) + replicated, held
 
 
 def row(

@@ -7,8 +7,6 @@ syncing taken out. Run as `python benchmarks/bench_saving.py --size 1 --turns 5`
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,37 +20,40 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_loading import from_all
-from contest import Contestant, Seat, alternate, ratio, record
-from folders import affordable, file_system, make_model, settle
+from contest import Seat, alternate, entered, ratio, record
+from folders import (
+    affordable,
+    back_free_memory,
+    file_system,
+    make_model,
+    parse_arguments,
+    settle,
+)
 from peak_memory import Peak
 
 MB = 1 << 20
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-saving-") as name:
         folder = Path(name)
         source = folder / "hf"
         largest = make_model(source, affordable(args.size, folder))
         num_bytes = (source / "model.safetensors").stat().st_size
         print(f"{num_bytes / 1e9:.2f} GB on {file_system(folder)}, largest tensor {largest:,} B")
+        ways = {
+            "transformers, not synced": (1, "left"),
+            "tensorpar, not synced": (2, "left"),
+            "transformers, synced": (1, "synced"),
+            "tensorpar, synced": (2, "synced"),
+            "tensorpar, synced, ranks apart": (2, "apart"),
+        }
         entries = {
-            "transformers": (1, False),
-            "transformers, synced": (1, True),
-            "tensorpar, not synced": (2, False),
-            "tensorpar": (2, True),
+            name: (partial(saves, str(source), how), ranks) for name, (ranks, how) in ways.items()
         }
         with ExitStack() as stack:
-            contestants = {
-                name: stack.enter_context(
-                    Contestant(
-                        partial(saves, str(source), synced), ranks, args.threads, str(folder)
-                    )
-                )
-                for name, (ranks, synced) in entries.items()
-            }
+            contestants = entered(stack, entries, args.threads, folder)
             _, results = alternate(contestants, warmup=1, turns=args.turns)
     if len({told["crc"] for turns in results.values() for told in turns}) > 1:
         raise SystemExit("the contestants wrote different files")
@@ -61,43 +62,45 @@ def main() -> None:
     record("saving_cpu", {"rows": rows, "bytes": num_bytes, "arguments": arguments})
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=float, default=1, help="billions of parameters")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    return parser.parse_args()
+def saves(source: str, how: str, seat: Seat) -> Callable[[], dict[str, Any]]:
+    """A process that saves a model into a new folder, time after time.
 
-
-def saves(source: str, synced: bool, seat: Seat) -> Callable[[], dict[str, Any]]:
-    """A process that saves a model into a new folder, time after time."""
+    `how`: what is written is "left" to the operating system, or "synced"; or it is, with ranks that
+    do not find out that they share a machine ("apart").
+    """
     import transformers
 
     import tensorpar
+    from tensorpar import own_parts
     from tensorpar.files import replacing, writing
 
     transformers.utils.logging.disable_progress_bar()
     parallel = seat.num_ranks > 1
+    if parallel:
+        tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
     with tensorpar.tensor_parallelism() if parallel else nullcontext():
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    if parallel and not synced:
+    if parallel and how == "left":
         replacing.sync = lambda _: None
-        writing.start_writing = lambda *_: None
-    out = Path(source).with_name(f"out-{seat.num_ranks}-{synced}")
+        writing.start_writing = own_parts.start_writing = lambda *_: None
+    if how == "apart":
+        own_parts.make_shared = lambda *_: None
+    out = Path(source).with_name(f"out-{seat.num_ranks}-{how}")
+    num_bytes = (Path(source) / "model.safetensors").stat().st_size
 
     def turn() -> dict[str, Any]:
         if seat.rank == 0:
             settle(out)
+            back_free_memory(num_bytes)
         if parallel:
             dist.barrier()
         with Peak() as peak:
             start = time.perf_counter()
             model.save_pretrained(out)
-            if synced and not parallel:
+            if how == "synced" and not parallel:
                 subprocess.run(["sync", "-f", out], check=True)
             seconds = time.perf_counter() - start
-        told = {"seconds": seconds, "peaks": from_all(peak.bytes, seat)}
+        told = {"seconds": seconds, "peaks": seat.from_all(peak.bytes)}
         if seat.rank == 0:
             told["crc"] = subprocess.run(
                 ["cksum"], stdin=(out / "model.safetensors").open(), capture_output=True, check=True
@@ -110,17 +113,16 @@ def saves(source: str, synced: bool, seat: Seat) -> Callable[[], dict[str, Any]]
 
 def row(name: str, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """What is told of a contestant, the first turn left out."""
-    seconds, theirs = (
-        [told["seconds"] for told in results[one][1:]] for one in (name, "transformers")
-    )
-    against = ratio(seconds, theirs)
+    against = f"transformers, {'not ' * ('not synced' in name)}synced"
+    seconds, theirs = ([told["seconds"] for told in results[one][1:]] for one in (name, against))
+    quotient = ratio(seconds, theirs)
     peaks = [max(of) for of in zip(*(told["peaks"] for told in results[name][1:]), strict=True)]
     memory = ", ".join(f"{peak / MB:.0f}" for peak in peaks)
     print(
-        f"{name:24}{statistics.median(seconds):8.2f} s{against['median']:8.2f} of Transformers' "
-        f"time, RssAnon {memory} MB"
+        f"{name:30}{statistics.median(seconds):6.2f} s{quotient['median']:6.2f} of that of "
+        f"{against:22}RssAnon {memory} MB"
     )
-    return {"seconds": seconds, "ratio": against, "peak RssAnon by rank": peaks}
+    return {"seconds": seconds, "ratio": quotient, "of": against, "peak RssAnon by rank": peaks}
 
 
 if __name__ == "__main__":

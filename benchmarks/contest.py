@@ -54,6 +54,14 @@ class Seat:
             world_size=self.num_ranks,
         )
 
+    def from_all(self, value: Any) -> list[Any]:
+        """The value of every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        values = [None] * self.num_ranks
+        torch.distributed.all_gather_object(values, value)
+        return values
+
 
 #: sets up one process and returns what it does at each turn; the result is rank 0's.
 Work = Callable[[Seat], Callable[[], Any]]
@@ -174,16 +182,31 @@ def present(
 def alternate(
     contestants: Mapping[str, Contestant], warmup: int, turns: int
 ) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
-    """Seconds (after warm-up) and results of every turn, the contestants one after the other."""
+    """Seconds (after warm-up) and results of every turn, the contestants one after the other.
+
+    Each turn begins with another, since one finds the machine as the one before has left it.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     results: dict[str, list[Any]] = {name: [] for name in contestants}
+    names = list(contestants)
     for turn in tqdm(range(warmup + turns), desc="alternating"):
-        for name, contestant in contestants.items():
-            seconds, result = contestant.turn()
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds, result = contestants[name].turn()
             results[name].append(result)
             if turn >= warmup:
                 times[name].append(seconds)
     return times, results
+
+
+def entered(
+    stack: ExitStack, entries: Mapping[str, tuple[Work, int]], threads: int, folder: Path
+) -> dict[str, Contestant]:
+    """Contestants by name, of their work and number of ranks; they end with the stack."""
+    return {
+        name: stack.enter_context(Contestant(work, ranks, threads, str(folder)))
+        for name, (work, ranks) in entries.items()
+    }
 
 
 def require_equal(results: Mapping[str, Iterable[float]], tolerance: float) -> None:

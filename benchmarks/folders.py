@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +12,16 @@ import torch
 from tqdm import tqdm
 
 WIDTH, INNER, HEADS, VOCABULARY = 4096, 16384, 16, 50400
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """What a contest over one checkpoint can be told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", type=float, default=1, help="billions of parameters")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
+    return parser.parse_args()
 
 
 def affordable(size: float, folder: Path) -> float:
@@ -67,6 +79,16 @@ def settle(out: Path) -> None:
     """Nothing left of the run before, in the folder or on its way to the disk."""
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync", "-f", out.parent], check=True)
+
+
+def back_free_memory(num_bytes: int) -> None:
+    """Have the machine give as much memory as a file will take in its cache, and leave it free.
+
+    A virtual machine returns free memory to its host after some seconds, and who writes next waits
+    for it: several times as long as for all else.
+    """
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    memory[::4096] = 1
 
 
 def file_system(folder: Path) -> str:

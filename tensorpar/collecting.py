@@ -1,29 +1,42 @@
-"""Whole tensors on the first rank, one at a time and when it wants them; no other holds any.
+"""The tensors of a model for a file that the first rank saves.
 
-The first rank leads: it tells the others which tensor it needs next, or that it is done, or that it
-failed. So they need not know in which order it saves, and do not wait for one that has gone.
+The first rank leads: it tells the others which file all are to write parts of, or which tensor it
+needs whole, or that it is done, or that it failed. So they need not know in which order it saves,
+and do not wait for one that has gone. A tensor that is needed whole is so on the first rank only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tensorpar.own_parts import OwnParts
 from tensorpar.parameters import shard_dim
 from tensorpar.partition import chunk_bounds
+from tensorpar.pieces import pieces
 from tensorpar.promise import Promise
 from tensorpar.styles import Layout
 
-#: what travels at once, and what a rank that is not the first needs beside its model.
-PIECE_BYTES = 16 << 20
-_DONE, _FAILED = -1, -2
+_DONE, _FAILED, _WRITE = -1, -2, -3
 _BYTE = torch.uint8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The origin of a promise: calling it asks for the tensor."""
+
+    collector: Collector
+    name: str
+
+    def __call__(self) -> torch.Tensor:
+        """The values, whole, on the first rank."""
+        return self.collector.ask(self.name)
 
 
 class Collector:
@@ -44,6 +57,8 @@ class Collector:
         self._rooms: list[torch.Tensor] = []
         meshes = [x.device_mesh for x in self.tensors.values() if isinstance(x, DTensor)]
         self._device = torch.device(meshes[0].device_type if meshes else "cpu")
+        known = {name: layout for name, (layout, _) in layouts.items()}
+        self._own = OwnParts(self.tensors, known, self._device)
 
     def promises(self) -> dict[str, Promise]:
         """On the first rank: a promise of every tensor, in Hugging Face's layout.
@@ -54,7 +69,7 @@ class Collector:
 
     def _promise(self, name: str) -> Promise:
         tensor = self.tensors[name]
-        return Promise.of(partial(self.ask, name), self._hf_shape(name), tensor.dtype)
+        return Promise.of(Wanted(self, name), self._hf_shape(name), tensor.dtype)
 
     def _hf_shape(self, name: str) -> torch.Size:
         shape = self.tensors[name].shape
@@ -70,9 +85,31 @@ class Collector:
         except BaseException as error:
             with suppress(RuntimeError):  # a rank that is gone is not what went wrong first
                 self._tell(_FAILED)
-                dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=0)
+                self._share([f"{type(error).__name__}: {error}"])
             raise
         self._tell(_DONE)
+
+    def write_ahead(
+        self, handle: int, path: str, places: Mapping[str, tuple[Wanted, int]]
+    ) -> list[str]:
+        """On the first rank, which leads: let every rank write what it has of a file.
+
+        Args:
+            handle: the open file.
+            path: its path.
+            places: origin and place of the file's tensors.
+
+        Returns:
+            The names that are written; none if not all ranks see the file.
+        """
+        known = self._own.parts
+        own = {name: (of.name, at) for name, (of, at) in places.items() if of.name in known}
+        plan = self._own.plan(handle, path, dict(own.values()))
+        if plan is None:
+            return []
+        self._tell(_WRITE)
+        self._share([plan])
+        return list(own) if self._own.write(plan) else []
 
     def ask(self, name: str) -> torch.Tensor:
         """On the first rank, which leads: a contiguous CPU tensor in Hugging Face's layout.
@@ -104,12 +141,20 @@ class Collector:
         Raises:
             RuntimeError: the first rank failed; with what.
         """
-        while (command := self._tell(0)) >= 0:
-            collect(self.tensors[self._names[command]], None)
+        while (command := self._tell(0)) not in (_DONE, _FAILED):
+            if command == _WRITE:
+                with suppress(Exception):  # the first rank has heard of it, and will say so
+                    self._own.write(self._share([None]))
+            else:
+                collect(self.tensors[self._names[command]], None)
         if command == _FAILED:
-            message: list[Any] = [None]
-            dist.broadcast_object_list(message, src=0)
-            raise RuntimeError(f"rank 0, which writes, failed: {message[0]}")
+            raise RuntimeError(f"rank 0, which writes, failed: {self._share([None])}")
+
+    def _share(self, message: list[Any]) -> Any:
+        """What the first rank has, on all ranks."""
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(message, src=0, device=self._device)
+        return message[0]
 
     def _tell(self, command: int) -> int:
         """What the first rank says, on all ranks."""
@@ -165,25 +210,3 @@ def _receive(into: torch.Tensor, rank: int, device: torch.device) -> None:
     dist.recv(buffer.view(-1).view(_BYTE), src=rank)
     if not direct:
         into.copy_(buffer)
-
-
-def pieces(shape: Sequence[int], element_size: int) -> Iterator[tuple[slice, ...]]:
-    """Slices that together cover a tensor once, each of at most `PIECE_BYTES` if it can be.
-
-    Args:
-        shape: of the tensor; nothing comes of one without elements.
-        element_size: in bytes.
-    """
-    row_bytes = torch.Size(shape[1:]).numel() * element_size
-    if not shape or row_bytes == 0:
-        if torch.Size(shape).numel():
-            yield ()
-        return
-    num_rows = PIECE_BYTES // row_bytes
-    if num_rows:
-        for start in range(0, shape[0], num_rows):
-            yield (slice(start, min(start + num_rows, shape[0])),)
-    else:
-        for row in range(shape[0]):
-            for rest in pieces(shape[1:], element_size):
-                yield (slice(row, row + 1), *rest)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum
 from tensorpar.files.reading import Source, open_sources
+from tensorpar.large_pages import empty_in_large_pages
 from tensorpar.promise import Promise, origin_of
 from tensorpar.styles import Layout
 
@@ -138,7 +139,10 @@ class Keeper:
             ranks = self.mesh.size(), self.mesh.get_local_rank()
             values = read_shard(source, layout, shape, *ranks)
         # the copy is this rank's own: a mapped file may be replaced under a running process
-        own = torch.empty(values.shape, dtype=promise.dtype, device=self.mesh.device_type)
+        if self.mesh.device_type == "cpu":
+            own = empty_in_large_pages(values.shape, promise.dtype)
+        else:
+            own = torch.empty(values.shape, dtype=promise.dtype, device=self.mesh.device_type)
         with torch.no_grad():
             own.copy_(values)
         self._bar.update()

@@ -112,6 +112,12 @@ class OwnMethods:
     model that is dropped would keep its memory until the garbage collector comes by.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # a mixture inherits what its base was found to be; Transformers would look into all its
+        # annotations again, some milliseconds each time
+        if "_tensorpar_mixture" not in cls.__dict__:
+            super().__init_subclass__(**kwargs)
+
 
 def mix_in(module: nn.Module, mixin: type) -> None:
     """Put `mixin` in front of the class of `module`, in place; the instance keeps its identity."""

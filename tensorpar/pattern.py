@@ -53,6 +53,21 @@ class Pattern:
         return Pattern(f"{right} -> {left}")
 
     @property
+    def unjoined(self) -> Pattern:
+        """The same with every axis of the left side a dim of its own.
+
+        Where the right side joins none either, both it and its inverse only permute, so they give
+        views of any tensor.
+        """
+        left, right = self._sides
+        return Pattern(f"{' '.join(_axis_names(left))} -> {right}")
+
+    @property
+    def left_axes(self) -> list[str]:
+        """The names of the left side's axes, in order, whether joined or not."""
+        return _axis_names(self._sides[0])
+
+    @property
     def right_axes(self) -> list[str]:
         """The names of the right side's dims, in order; joined axes keep their parentheses."""
         return self._sides[1].replace("( ", "(").split()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,11 +46,12 @@ class SavesItself(OwnMethods):
         timeout: timedelta = TIMEOUT,
         **kwargs: Any,
     ) -> None:
-        """Write an ordinary Hugging Face folder; collective over all ranks, written by rank 0.
+        """Write an ordinary Hugging Face folder; collective over all ranks, led by rank 0.
 
-        Rank 0 holds two whole tensors at a time, the others none. The folder's old files are
-        replaced when all new ones are on the disk; `tensorpar.files.replacing` says what a process
-        leaves that is killed before.
+        Ranks of its machine write their own parts. Where one is elsewhere, or sees other files, and
+        under FSDP, rank 0 writes all, and holds two whole tensors at a time; the others none. The
+        folder's old files are replaced when all new ones are on the disk;
+        `tensorpar.files.replacing` says what a process leaves that is killed before.
 
         Args:
             self: the parallel model.
@@ -61,8 +63,9 @@ class SavesItself(OwnMethods):
             TimeoutError: a rank does not make this call in time; on all ranks that do.
             ValueError: `state_dict` or `is_main_process` is given: every rank takes part, and the
                 state dict is the model's own; or `push_to_hub` or `distributed_checkpoint`.
-            RuntimeError: rank 0 failed, for instance since the disk is full, and this is another
-                rank; rank 0 raises what it failed with. The folder is as it was.
+            OSError: on rank 0, since the disk is full, or the folder cannot be written.
+            RuntimeError: the same on any other rank; with what rank 0 raised. The folder is as it
+                was.
         """
         _refuse(kwargs)
         rank = rendezvous("save_pretrained", timeout)
@@ -73,7 +76,8 @@ class SavesItself(OwnMethods):
             stale = hf_compat.stale_weights(kwargs.get("variant"))
             with collector.leading(), replacing(save_directory, stale) as folder:
                 state_dict = _state_dict(self, collector)
-                with hf_compat.weights_written_by(write_weights):
+                write = partial(write_weights, ahead=collector.write_ahead)
+                with hf_compat.weights_written_by(write):
                     super().save_pretrained(  # type: ignore[misc]
                         folder, state_dict=state_dict, **kwargs
                     )

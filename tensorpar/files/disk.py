@@ -19,8 +19,11 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def reserve(handle: int, num_bytes: int) -> None:
+def reserve(handle: int, num_bytes: int) -> bool:
     """Give an open file its length and its place on the disk, if the file system can do that.
+
+    Returns:
+        Whether it has them.
 
     Raises:
         OSError: the disk has no room for it.
@@ -28,11 +31,13 @@ def reserve(handle: int, num_bytes: int) -> None:
     # os.posix_fallocate would write into every block where the file system cannot
     allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if allocate is None or not num_bytes:
-        return
+        return not num_bytes
     if allocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0:
         error = ctypes.get_errno()
         if error in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error, os.strerror(error))
+        return False
+    return True
 
 
 def start_writing(handle: int, offset: int, num_bytes: int) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tensorpar import collecting, hf_compat
+from tensorpar import file_parts, hf_compat, own_parts, pieces
 from tensorpar.files import writing
 from tests.conformance.families import CASES as FAMILIES
 from tests.conformance.families import build
@@ -66,11 +67,18 @@ def test_the_folder_is_the_one_transformers_writes(ranks, tmp_path, name, size):
     require_same_folders(ours, theirs)
 
 
+def apart(*_: Any) -> None:
+    """What `make_shared` answers where ranks cannot share memory; rank 0 then writes all."""
+
+
 #: smaller than a row of most matrices, which are 40 or 83 float64 wide.
 SMALL_PIECES = 300
 WAYS: dict[str, dict[str, Any]] = {
     "one file": {},
     "small pieces": {},
+    "apart": {},
+    "apart, small pieces": {"max_shard_size": "30KB"},
+    "every stretch alone": {},
     "many files": {"max_shard_size": "30KB"},
     "variant": {"variant": "half", "max_shard_size": 60_000, "token": "none"},
     "no peft": {"save_peft_format": False, "save_original_format": False},
@@ -83,8 +91,12 @@ def saves(family: str, folder: str) -> None:
         model = build(family, head, parallel=True)
         for name, options in WAYS.items():
             with pytest.MonkeyPatch.context() as patch:
-                if name == "small pieces":
-                    patch.setattr(collecting, "PIECE_BYTES", SMALL_PIECES)
+                if "small pieces" in name:
+                    patch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES)
+                if "apart" in name:
+                    patch.setattr(own_parts, "make_shared", apart)
+                if name == "every stretch alone":
+                    patch.setattr(file_parts, "LONG", 1)
                 model.save_pretrained(f"{folder}/{head}/{name}", **options)
 
 
@@ -92,7 +104,7 @@ def saves(family: str, folder: str) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_and_argument(ranks, tmp_path, family, size):
-    """One file or many, variants, pieces of any size: byte for byte what Transformers writes."""
+    """Side by side or apart, in pieces of any size: byte for byte what Transformers writes."""
     ranks(size).run(saves, family, str(tmp_path))
     for head in (FAMILIES[family].model, FAMILIES[family].heads[0]):
         model = build(family, head, parallel=False)
@@ -150,41 +162,51 @@ def test_arguments_that_are_refused(ranks, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def failing_save(folder: str, file: str) -> list[str]:
-    """What every rank is told when rank 0 cannot write; afterwards all can save."""
+def failing_save(folder: str, file: str, rank: int, together: bool) -> list[str]:
+    """What every rank is told when one cannot write; afterwards all can save."""
     model = perturbed(Case(), parallel=True)
-    write, written = writing.write_from, []
+    write, num_writes = writing.write_from, 0
 
     def full(*args: Any) -> None:
-        written.append(args)
-        if len(written) > 9:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes > 9 and dist.get_rank() == rank:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*args)
 
-    writing.write_from = full
-    try:
-        told = [refusal(lambda: model.save_pretrained(folder, max_shard_size="30KB"), Exception)]
-    finally:
-        writing.write_from = write
-    told.append(refusal(lambda: model.save_pretrained(file), Exception))
-    told.append(refusal(lambda: model.save_pretrained(folder, max_shard_size="huge"), Exception))
-    model.save_pretrained(f"{folder}-again")
+    with pytest.MonkeyPatch.context() as patch:
+        if not together:
+            patch.setattr(own_parts, "make_shared", apart)
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(writing, "write_from", full)
+            broken.setattr(own_parts, "write_from", full)
+            options = {"max_shard_size": "30KB"}
+            told = [refusal(lambda: model.save_pretrained(folder, **options), Exception)]
+        told.append(refusal(lambda: model.save_pretrained(file), Exception))
+        told.append(
+            refusal(lambda: model.save_pretrained(folder, max_shard_size="huge"), Exception)
+        )
+        model.save_pretrained(f"{folder}-again")
     return told
 
 
-def test_a_failure_of_the_writing_rank_is_every_ranks(ranks, tmp_path):
+@pytest.mark.parametrize(("rank", "together"), [(0, True), (2, True), (0, False)])
+def test_a_failure_of_a_writing_rank_is_every_ranks(ranks, tmp_path, rank, together):
     """A full disk, a file in the way, no size: an error on all ranks, and nothing has changed."""
     case = Case(dtype=torch.float32)
     before = tmp_path / "before"
     perturbed(case, parallel=False).save_pretrained(before)
     shutil.copytree(before, tmp_path / "out")
     (tmp_path / "file").write_text("mine")
-    told = ranks(3).run(failing_save, str(tmp_path / "out"), str(tmp_path / "file"))
-    for rank, lines in enumerate(told):
+    folder, file = str(tmp_path / "out"), str(tmp_path / "file")
+    told = ranks(3).run(failing_save, folder, file, rank, together)
+    for number, lines in enumerate(told):
         assert "No space left on device" in lines[0]
         assert "is a file, required: a folder" in lines[1]
         assert "huge" in lines[2]
-        assert all(line.startswith("rank 0, which writes, failed") == (rank > 0) for line in lines)
+        led = [line.startswith("rank 0, which writes, failed") for line in lines]
+        assert led == [number > 0] * 3
+        assert (f"rank {rank}: " in lines[0]) == (rank > 0)
     require_same_folders(tmp_path / "out", before)
     assert (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "out-again" / "model.safetensors").exists()
@@ -192,7 +214,7 @@ def test_a_failure_of_the_writing_rank_is_every_ranks(ranks, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
-def largest_allocation(folder: str) -> int:
+def largest_allocation(folder: str, together: bool) -> int:
     """The largest tensor that this rank makes while all save, in bytes."""
     model = perturbed(Case(), parallel=True)
     largest = 0
@@ -213,25 +235,26 @@ def largest_allocation(folder: str) -> int:
                     largest = max(largest, result.nbytes)
             return result
 
-    collecting.PIECE_BYTES, usual = 512, collecting.PIECE_BYTES
-    try:
-        with Watch():
-            model.save_pretrained(folder)
-    finally:
-        collecting.PIECE_BYTES = usual
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(pieces, "PIECE_BYTES", 512)
+        if not together:
+            patch.setattr(own_parts, "make_shared", apart)
+        model.save_pretrained(folder)
     return largest
 
 
 def test_no_rank_holds_more_than_it_must(ranks, tmp_path):
-    """While all save, the first rank makes no more than a whole tensor, the others a piece."""
-    writer, *others = ranks(2).run(largest_allocation, str(tmp_path / "out"))
+    """Two shared pieces, here of a page each; where ranks are apart, rank 0 a whole tensor."""
+    folder = str(tmp_path / "out")
+    assert all(one <= 2 * 4096 for one in ranks(2).run(largest_allocation, folder, True))
+    writer, *others = ranks(2).run(largest_allocation, folder, False)
     assert writer == 40 * 120 * 8  # the largest tensor; its memory is used again
     assert all(other <= 512 for other in others)
 
 
 KILLED = """
 import os, signal, sys, torch, transformers, tensorpar
-from tensorpar.files import writing
+from tensorpar import own_parts
 folder = sys.argv[1]
 tensorpar.init(tensor_parallel_degree=1)
 config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=4)
@@ -242,13 +265,13 @@ for parameter in model.parameters():
 model.save_pretrained(folder, max_shard_size="2KB")
 for parameter in model.parameters():
     torch.nn.init.zeros_(parameter)
-write, written = writing.write_from, []
+write, written = own_parts.write_from, []
 def killed(*args):
     write(*args)
     written.append(args)
     if len(written) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-writing.write_from = killed
+own_parts.write_from = killed
 model.save_pretrained(folder, max_shard_size="2KB")
 """
 
@@ -287,10 +310,10 @@ def test_a_trained_model_is_saved_as_trained(ranks, tmp_path):
 
 def test_pieces_cover_a_tensor_once(monkeypatch):
     """Every element lies in one piece, and pieces are no larger than they may be."""
-    monkeypatch.setattr(collecting, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
     for shape in ((), (3,), (40,), (5, 7), (2, 3, 9), (2, 100), (0, 4), (4, 0), (1, 1, 1)):
         counts = torch.zeros(shape)
-        for piece in collecting.pieces(shape, 4):
+        for piece in pieces.pieces(shape, 4):
             counts[piece] += 1
             assert counts[piece].numel() <= 16
         assert (counts == 1).all(), shape

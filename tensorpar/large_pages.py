@@ -1,0 +1,28 @@
+"""Memory for weights, which the system can give in a few large pages or in very many small ones."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+
+import torch
+
+#: what x86 and most ARM systems call a huge page.
+_LARGE_PAGE = 1 << 21
+
+
+def empty_in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` on the CPU, in large pages as far as the system has these.
+
+    Filling new memory takes as long as the system needs to hand out its pages: of 4 kB each, that
+    is several times what copying the values takes.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    first = -(-out.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+    end = (out.data_ptr() + out.nbytes) // _LARGE_PAGE * _LARGE_PAGE
+    if advise is not None and advice is not None and first < end:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
+    return out
