@@ -129,7 +129,7 @@ class RowParallel:
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
         bias = self.bias
         if self.partial or self.mesh.size() == 1:
-            bias = None if bias is None else on_first_rank(plain(bias), self.mesh)
+            bias = None if bias is None else on_first_rank(local(bias), self.mesh)
             return F.linear(input, weight, bias)
         output = leave_region(F.linear(input, weight), self.mesh)
         return output if bias is None else output + plain(bias)
