@@ -189,7 +189,11 @@ def gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> tor
     The backward hands each rank its own chunk, so what follows must be computed alike on all
     ranks, as everything outside a parallel region is.
     """
-    return x if mesh.size() == 1 else _Gather.apply(x, dim, size, mesh)
+    if mesh.size() == 1:
+        return x
+    if not torch.is_grad_enabled():
+        return all_gather(x, dim, size, mesh)
+    return _Gather.apply(x, dim, size, mesh)
 
 
 def all_gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:
