@@ -41,6 +41,7 @@ bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_step.py --what forward
 	$(BIN)/python benchmarks/bench_decode.py
 	$(BIN)/python benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
 	$(BIN)/python benchmarks/bench_in_memory.py
 	$(BIN)/python benchmarks/bench_translate.py --size 0.5 --pairs 3

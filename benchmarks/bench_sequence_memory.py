@@ -18,40 +18,10 @@ import torch
 from contest import Contestant, Seat, record, require_equal
 from models import FAMILIES, Shape
 
+from tensorpar.planning.counting import Kept
+
 MAX_LOSS_DIFFERENCE = 1e-3
 MIB = 1 << 20
-
-
-class Saved:
-    """Within: what autograd saves; `bytes` is the size of its storages, each counted once."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._storages: dict[int, int] = {}
-        self._parameters = {
-            storage(getattr(p, "_local_tensor", p)).data_ptr() for p in model.parameters()
-        }
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-    def __enter__(self) -> Saved:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
-
-    def _pack(self, x: torch.Tensor) -> torch.Tensor:
-        kept = storage(getattr(x, "_local_tensor", x))
-        if kept.data_ptr() not in self._parameters:
-            self._storages[kept.data_ptr()] = kept.nbytes()
-        return x
-
-
-def storage(x: torch.Tensor) -> Any:
-    return x.untyped_storage()
 
 
 def main() -> None:
@@ -105,9 +75,9 @@ def watched_forward(shape: Shape, split: bool, seat: Seat) -> Callable[[], tuple
 
     def watched() -> tuple[float, int]:
         torch.manual_seed(1)
-        with Saved(model) as saved:
+        with Kept() as kept:
             loss = model(input_ids=tokens, labels=tokens).loss
-        return loss.item(), saved.bytes
+        return loss.item(), kept.num_bytes(apart_from=model.parameters())
 
     return watched
 

@@ -156,6 +156,9 @@ def _serve(pipe: Any, work: Work, seat: Seat) -> None:
     seat.take()
     try:
         turn = work(seat)
+    except AbsentError as reason:
+        pipe.send(str(reason))
+        return
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         raise

@@ -155,12 +155,12 @@ class _ReduceScatter(torch.autograd.Function):
 
 def copy_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Enter a parallel region: the identity, whose backward sums the ranks' gradients."""
-    return x if mesh.size() == 1 else _Copy.apply(x, mesh)
+    return x if mesh.size() == 1 or not torch.is_grad_enabled() else _Copy.apply(x, mesh)
 
 
 def copy_together(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
     """`copy_region` of several tensors, whose gradients are summed by one all-reduce."""
-    if mesh.size() == 1 or not tensors:
+    if mesh.size() == 1 or not tensors or not torch.is_grad_enabled():
         return tuple(tensors)
     copies: tuple[torch.Tensor, ...] = _CopyTogether.apply(mesh, *tensors)
     return copies
@@ -168,7 +168,9 @@ def copy_together(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> tuple[to
 
 def reduce_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Leave a parallel region: the sum over ranks, whose backward is the identity."""
-    return x if mesh.size() == 1 else _Reduce.apply(x, mesh)
+    if mesh.size() == 1:
+        return x
+    return _Reduce.apply(x, mesh) if torch.is_grad_enabled() else all_reduce(x, mesh)
 
 
 def scatter_region(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
@@ -182,7 +184,11 @@ def gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> tor
     The backward hands each rank its own chunk, so what follows must be computed alike on all
     ranks, as everything outside a parallel region is.
     """
-    return x if mesh.size() == 1 else _Gather.apply(x, dim, size, mesh)
+    if mesh.size() == 1:
+        return x
+    if not torch.is_grad_enabled():
+        return all_gather(x, dim, size, mesh)
+    return _Gather.apply(x, dim, size, mesh)
 
 
 def all_gather_region(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.Tensor:

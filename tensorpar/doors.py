@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar import hf_compat
-from tensorpar.guard import note_activation
+from tensorpar.guard import guarding, note_activation
 from tensorpar.nn.linear import ColumnParallel, RowParallel
 from tensorpar.parameters import mix_in
 from tensorpar.partition import chunk_bounds
@@ -58,7 +58,7 @@ class Randomness:
 
 
 class Door:
-    """Hooks that stand at the entrance and the exit of one module.
+    """Stands at the entrance and the exit of one module.
 
     Args:
         module: the module whose children were made parallel.
@@ -95,35 +95,32 @@ class Door:
         self._hang(module)
 
     def _hang(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(self.open, with_kwargs=True)
-        module.register_forward_hook(self.close, always_call=True)
         module.__dict__["_tensorpar_module_door"] = self
-        mix_in(module, Drawing)
+        mix_in(module, BehindDoor)
         for child in module.modules():
-            if isinstance(child, ColumnParallel) and not child.gather_output:
-                child.register_forward_hook(self.part)
-            if isinstance(child, RowParallel):
-                child.register_forward_hook(self.join)
+            if isinstance(child, ColumnParallel | RowParallel):
+                child.doors = (*child.doors, self)
 
     def open(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook: copy regions on the named arguments, own heads of the masks."""
-        args_list, kwargs = list(args), dict(kwargs)
-        for places, change in (
-            (self._places, lambda x: enter_region(x, self.mesh)),
-            (self._seen, self._own_heads),
-        ):
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The forward's arguments: the named ones through the region, of masks the own heads."""
+        args_list = list(args)
+        for places, change in ((self._places, self._entered), (self._seen, self._own_heads)):
             for place, name in places:
                 holder: Any = args_list if place < len(args_list) else kwargs
                 key = place if place < len(args_list) else name
                 value = args_list[place] if place < len(args_list) else kwargs.get(name)
                 if isinstance(value, Tensor):
                     holder[key] = change(value)
-        self._note(module, {**dict(zip(self._arguments, args_list, strict=False)), **kwargs})
+        if guarding():
+            self._note(module, {**dict(zip(self._arguments, args_list, strict=False)), **kwargs})
         if self._places:
             open_region(self.mesh)
-        return tuple(args_list), kwargs
+        return args_list, kwargs
+
+    def _entered(self, x: Tensor) -> Tensor:
+        return enter_region(x, self.mesh)
 
     def _note(self, module: nn.Module, given: dict[str, Any]) -> None:
         """Tell the guard what enters; without named arguments, all that is replicated here."""
@@ -167,7 +164,8 @@ class Door:
     def _own_heads(self, mask: Tensor) -> Tensor:
         """This rank's heads of a mask that has all; a rank without a head pretends to have one."""
         heads = self.randomness.heads
-        if heads is None or mask.ndim != 4 or mask.shape[1] != heads:
+        # as it came where all ranks see the same: layers share what they derive from one mask
+        if heads in (None, 1) or mask.ndim != 4 or mask.shape[1] != heads:
             return mask
         start, stop = chunk_bounds(heads, self.mesh.size(), self.mesh.get_local_rank())
         start = min(start, heads - 1)
@@ -180,38 +178,42 @@ class Door:
             isinstance(value, float) and value > 0 for value in numbers
         )
 
-    def part(self, column: nn.Module, *_: object) -> None:
-        """Forward hook of a column layer: from its output on, ranks have parts of their own."""
+    def part(self, column: nn.Module) -> None:
+        """After a column layer: from its output on, ranks have parts of their own."""
         if self._masks:
             self._masks[-1].after_column(column)
         if self._forks:
             self.fork.enter(self.mesh.get_local_rank())
 
-    def join(self, *_: object) -> None:
-        """Forward hook of a row layer: back to what all ranks share."""
-        close_region()
+    def join(self) -> None:
+        """After a row layer: back to what all ranks share."""
         self.fork.leave()
         if self._masks:
             self._masks[-1].before_row()
 
-    def close(self, *_: object) -> None:
-        """Forward hook, run after an exception too."""
+    def close(self) -> None:
+        """After the forward, and after an exception."""
         if self._encloses_region:
             close_region()
 
 
-class Drawing:
-    """Mixed into the class of a module with a door: its draws are those the door decides.
+class BehindDoor:
+    """Mixed into the class of a module with a door.
 
-    A forward and not a hook, since Transformers recomputes checkpointed layers without their hooks.
+    A forward and not hooks, since Transformers recomputes checkpointed layers without theirs, and
+    each hook costs as much time as a layer's smallest kernel.
     """
 
     training: bool
 
-    def forward(self, *args: object, **kwargs: object) -> object:
-        """The class's own forward."""
-        if not self.training:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        """The class's own forward, on what comes through the door; its draws the door decides."""
         door: Door = self.__dict__["_tensorpar_module_door"]
-        with door.drawing(self):  # type: ignore[arg-type]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        try:
+            entered, kwargs = door.open(self, args, kwargs)  # type: ignore[arg-type]
+            if not self.training:
+                return super().forward(*entered, **kwargs)  # type: ignore[misc]
+            with door.drawing(self):  # type: ignore[arg-type]
+                return super().forward(*entered, **kwargs)  # type: ignore[misc]
+        finally:
+            door.close()

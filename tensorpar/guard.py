@@ -104,6 +104,11 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return (bits * ((places * 0x1E3779B97F4A7C15) | 1)).sum()
 
 
+def guarding() -> bool:
+    """Whether a forward that is being checked is under way."""
+    return _notes.get() is not None
+
+
 def note_activation(module: object, name: str, value: Tensor) -> None:
     """A replicated tensor enters a module; noted only while a forward is being checked."""
     notes = _notes.get()

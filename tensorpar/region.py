@@ -43,6 +43,8 @@ def inside_region() -> bool:
 
 def plain(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as a plain local tensor whose gradient is whole, wherever it is used."""
+    if not torch.is_grad_enabled():
+        return local(parameter)
     if (copy := _copies.get().get(id(parameter))) is not None:
         return copy
     mesh, rows = _open.get(), current_rows()
@@ -114,14 +116,19 @@ class LocalParameters:
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The class's own forward, on local tensors."""
-        shelf = self._parameters
-        self.__dict__["_parameters"] = plain_shelf(shelf)
-        token = begin_forward()
+        held, shelf = self.__dict__, self._parameters
+        seen = plain_shelf(shelf)
+        held["_parameters"] = seen
+        held.update(seen)  # found there, no `__getattr__` runs
+        token = None if _computing.get() else begin_forward()
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            end_forward(token)
-            self.__dict__["_parameters"] = shelf
+            if token is not None:
+                end_forward(token)
+            held["_parameters"] = shelf
+            for name in seen:
+                held.pop(name, None)
 
     def __getattr__(self, name: str) -> Any:
         """torch looks parameters up here."""

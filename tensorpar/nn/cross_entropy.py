@@ -5,7 +5,8 @@
     max_N  = all_reduce_max(lse)
     [sum_N, pick_N] = all_reduce([exp(lse - max),  x[t] - max  where t is here, else 0])
     loss_N = log(sum_N) - pick_N
-    dgrad    dx_NV = (softmax_V(x) * exp(lse - max - log sum) - onehot(t)) * dloss_N    (local)
+    all_N  = max_N + log(sum_N)
+    dgrad    dx_NV = (exp(x - all) - onehot(t)) * dloss_N    (local)
 
 Two small all-reduces forward, none backward (Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
@@ -46,27 +47,28 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             sums_2N[1] = picked_N.masked_fill(~here_N, 0.0)
         sum_N, picked_N = all_reduce(sums_2N, mesh)
         log_sum_N = sum_N.log()
-        ctx.save_for_backward(x_NV, lse_N - max_N - log_sum_N, column_N, here_N)
-        return log_sum_N - picked_N
+        ctx.save_for_backward(x_NV, max_N + log_sum_N, column_N, here_N)
+        return (log_sum_N - picked_N).to(x_NV.dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss_N: torch.Tensor) -> Any:
-        x_NV, log_share_N, column_N, here_N = ctx.saved_tensors
-        dx_NV = torch.softmax(x_NV, 1).mul_((log_share_N.exp() * dloss_N)[:, None])
-        without_N = log_share_N == -torch.inf  # all logits here are -inf, and softmax is nan
-        if x_NV.shape[1] and bool(without_N.any()):
-            dx_NV[without_N] = 0.0
+        x_NV, all_N, column_N, here_N = ctx.saved_tensors
+        dx_NV = (x_NV - all_N[:, None]).exp_().mul_(dloss_N[:, None]).to(x_NV.dtype)
         if x_NV.shape[1]:
             dx_NV.scatter_add_(1, column_N[:, None], (-dloss_N * here_N)[:, None])
         return dx_NV, None, None, None
 
 
 def _log_sum_exp(x_NV: torch.Tensor) -> torch.Tensor:
-    """`x_NV.logsumexp(1)`; -inf without columns. In row blocks, whose temporaries stay in cache."""
+    """`x_NV.logsumexp(1)`, at least in float32; -inf without columns.
+
+    In row blocks, whose temporaries stay in cache.
+    """
+    dtype = torch.promote_types(x_NV.dtype, torch.float32)
     if x_NV.shape[1] == 0:
-        return x_NV.new_full(x_NV.shape[:1], -torch.inf)
+        return x_NV.new_full(x_NV.shape[:1], -torch.inf, dtype=dtype)
     rows = max(1, _BLOCK_ELEMENTS // x_NV.shape[1])
-    return torch.cat([block.logsumexp(1) for block in x_NV.split(rows)])
+    return torch.cat([block.to(dtype).logsumexp(1) for block in x_NV.split(rows)])
 
 
 def vocab_parallel_cross_entropy(

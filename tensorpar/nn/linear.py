@@ -19,7 +19,7 @@ shard is always one contiguous slice; the product sees a flattened view of it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,16 @@ def _at_least_one_head(shard: torch.Tensor, dim: int | None) -> torch.Tensor:
     return torch.cat([shard, ghost], dim)
 
 
+class ModuleDoor(Protocol):
+    """What layers tell the door of a module they are in (`tensorpar.doors`)."""
+
+    def part(self, column: Any) -> None:
+        """A column layer has run."""
+
+    def join(self) -> None:
+        """A row layer has run."""
+
+
 class ColumnParallel:
     """Forward of a linear layer that holds some of the output features.
 
@@ -56,6 +66,7 @@ class ColumnParallel:
         heads_dim: the dim of the weight that counts attention heads, if one does.
         copy_input: pass the copy region here; False where a module's door has done so.
         gather_output: return all features instead of this rank's.
+        doors: of the modules that this layer is in, told that ranks differ from here on.
     """
 
     mesh: DeviceMesh
@@ -64,6 +75,7 @@ class ColumnParallel:
     heads_dim: int | None = None
     copy_input: bool = False
     gather_output: bool = False
+    doors: tuple[ModuleDoor, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in]`, the same on all ranks, to `[..., this rank's features]` (or all)."""
@@ -76,6 +88,8 @@ class ColumnParallel:
         output = F.linear(input, weight, bias)
         if not self.gather_output:
             open_region(self.mesh)
+            for door in self.doors:
+                door.part(self)
             return output
         features = self.weight.shape[:-1].numel()
         return gather_region(output, output.ndim - 1, features, self.mesh)
@@ -90,6 +104,7 @@ class RowParallel:
         bias: `[out]`, replicated, added after the sum; or None.
         heads_dim: the dim of the weight that counts attention heads, if one does.
         partial: return this rank's term of the sum, and leave the sum to the caller.
+        doors: of the modules that this layer is in, told that ranks agree again.
     """
 
     mesh: DeviceMesh
@@ -97,6 +112,7 @@ class RowParallel:
     bias: Any
     heads_dim: int | None = None
     partial: bool = False
+    doors: tuple[ModuleDoor, ...] = ()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., this rank's features]` to `[..., out]`, the same on all ranks unless partial.
@@ -104,12 +120,19 @@ class RowParallel:
         While the sequence is split, this rank's rows of it.
         """
         close_region()
+        output = self._summed(input)
+        for door in self.doors:
+            door.join()
+        return output
+
+    def _summed(self, input: torch.Tensor) -> torch.Tensor:
         weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
-        if self.partial:
-            bias = None if self.bias is None else on_first_rank(local(self.bias), self.mesh)
+        bias = self.bias
+        if self.partial or self.mesh.size() == 1:
+            bias = None if bias is None else on_first_rank(local(bias), self.mesh)
             return F.linear(input, weight, bias)
         output = leave_region(F.linear(input, weight), self.mesh)
-        return output if self.bias is None else output + plain(self.bias)
+        return output if bias is None else output + plain(bias)
 
 
 class _OnFirstRank(torch.autograd.Function):
@@ -129,6 +152,8 @@ class _OnFirstRank(torch.autograd.Function):
 
 def on_first_rank(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """A replicated tensor as a term of a sum over ranks: itself on the first, zeros elsewhere."""
+    if mesh.size() == 1:
+        return x
     term: torch.Tensor = _OnFirstRank.apply(x, mesh)
     return term
 

@@ -182,7 +182,9 @@ def surface() -> dict[str, bool]:
         "sharded": model.is_distributed_parameter(named["transformer.wte.weight"]),
         "replicated": not model.is_distributed_parameter(named["transformer.wpe.weight"]),
         "local": {id(p) for p in model.local_parameters()} == {id(p) for p in named.values()},
-        "modules": {type(m).__name__.removeprefix("Drawing") for m in model.distributed_modules()}
+        "modules": {
+            type(m).__name__.removeprefix("BehindDoor") for m in model.distributed_modules()
+        }
         == {"GPT2LMHeadModel", "GPT2Model", "GPT2Attention", "GPT2MLP"},
         "generate": model.generate(torch.tensor([[1, 2]]), max_new_tokens=1).shape == (1, 3),
         "missing": not hasattr(model, "nothing_like_this"),

@@ -91,6 +91,25 @@ def test_tokens_of_probability_zero(ranks, vocab, size):
     ranks(size).run(banned_tokens, vocab)
 
 
+def half_precision(scale: float) -> None:
+    """The gradient of logits in 16 bits, within their rounding of the exact one."""
+    full, target = _draw(5, 97, 2, scale)
+    full = full.bfloat16()
+    mesh = tensorpar.tp_mesh()
+    own = local_shard(full, mesh, 1).clone().requires_grad_()
+    vocab_parallel_cross_entropy(own, target, vocab_size=97, mesh=mesh, reduction="sum").backward()
+    exact = full.double().requires_grad_()
+    F.cross_entropy(exact, target, reduction="sum").backward()
+    reference = local_shard(exact.grad, mesh, 1)
+    torch.testing.assert_close(own.grad.double(), reference, rtol=2**-6, atol=2**-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_gradients_in_half_precision(ranks, scale):
+    """Logits of a large sum, whose logarithm 16 bits round by more than a probability's digits."""
+    ranks(2).run(half_precision, scale)
+
+
 def refusals() -> list[str]:
     """What wrong targets and reductions are told."""
     mesh = tensorpar.tp_mesh()

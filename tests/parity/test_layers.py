@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tensorpar.mesh import tp_mesh
 from tensorpar.nn import (
     ColumnParallelLinear,
     ParallelAttention,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from tensorpar.parameters import shard_dim
+from tensorpar.parameters import local, local_shard, parameter, shard_dim
 
 Tensors = dict[str, torch.Tensor]
 
@@ -265,3 +266,20 @@ def refused(options: dict[str, Any]) -> str:
 def test_attention_refuses_sizes_that_do_not_divide(ranks, options):
     """Head counts that do not divide are refused on every rank, with the numbers."""
     assert all("num_heads" in told for told in ranks(2).run(refused, options))
+
+
+def differentiated_twice() -> None:
+    """A gradient of a gradient, and one added to it, placed as the parameter is."""
+    full = _draw(5, 3).double().requires_grad_()
+    mine = parameter(local_shard(full, tp_mesh(), 0), tp_mesh(), 0, full.shape)
+    (once,) = torch.autograd.grad((local(mine) ** 3).sum(), mine, create_graph=True)
+    (local(once) ** 2).sum().backward()
+    local(mine).sum().backward()
+    assert mine.grad is not None
+    assert (mine.grad.placements, mine.grad.shape) == (mine.placements, mine.shape)
+    torch.testing.assert_close(mine.grad.full_tensor(), 36 * full.detach() ** 3 + 1)
+
+
+def test_local_parameters_can_be_differentiated_twice(ranks):
+    """Five rows on two ranks: f'' of what is computed from a local part is exact."""
+    ranks(2).run(differentiated_twice)
