@@ -7,7 +7,7 @@ BIN := .venv/bin
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # what meets Transformers; the rest does not depend on its version
 OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformance/test_, \
-	families.py versions.py from_pretrained.py gpt2_init.py))
+	families.py versions.py from_pretrained.py gpt2_init.py initial_values.py))
 
 .PHONY: demo test test-newest test-oldest bench shards features lint types clean
 
