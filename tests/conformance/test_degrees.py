@@ -14,7 +14,7 @@ from tests.conformance.families import (
 from tests.conformance.gpt2 import Tensors, require_close, require_equal_ranks
 from tests.conformance.test_generation import prompt
 
-#: GPT-2 small and BERT base, and GPT-2 XL, narrow and shallow.
+#: as many heads as GPT-2 small and BERT base have, and GPT-2 XL, narrow and shallow.
 SMALL = {"heads": 12, "head_size": 4, "inner": 50}
 XL = {"heads": 25, "head_size": 2, "inner": 50}
 
@@ -35,9 +35,7 @@ def used(family: str, config: dict[str, int], parallel: bool) -> Tensors:
             ("gpt2", XL, 2, "25 heads on 2, 4 and 8 ranks"),
             ("gpt2", XL, 4, "25 heads on 2, 4 and 8 ranks"),
             ("gpt2", XL, 8, "25 heads on 2, 4 and 8 ranks"),
-            ("gpt2", SMALL, 8, "12 heads on 8 ranks"),
-            ("bert", SMALL, 8, "12 heads on 8 ranks"),
-            ("gptj", SMALL, 8, "12 heads on 8 ranks"),
+            *((family, SMALL, 8, "12 heads on 8 ranks") for family in CASES),
         )
     ],
 )

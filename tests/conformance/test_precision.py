@@ -21,6 +21,7 @@ WAYS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "bfloat16": (torch.bfloat16, None),
     "float16": (torch.float16, None),
     "autocast to bfloat16": (torch.float32, torch.bfloat16),
+    "autocast to float16": (torch.float32, torch.float16),
 }
 #: loss scaling, without which float16's gradients would underflow.
 SCALE = 64.0
