@@ -50,6 +50,7 @@ bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_sequence_memory.py
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_scale.py
+	$(BIN)/python benchmarks/bench_gpu.py
 
 # a virtual environment, its constraints: installs the extra that the target is named after; torch
 # first, since the exact version decides which build is taken
