@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from tensorpar.data_parallel import (
     DataParallel,
     Kind,
+    empty_shard,
     require_even_batches,
     without_gradient_sync,
 )
@@ -46,7 +47,7 @@ class DistributedModel(nn.Module):
 
     Raises:
         RuntimeError: before `init`.
-        ValueError: `data_parallel` is none of these.
+        ValueError: `data_parallel` is none of these, or some rank has no part of a parameter.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class DistributedModel(nn.Module):
             data_parallel = DataParallel(data_parallel)
         self.module = parallelize(module, options=Options(enabled=False))
         if data_parallel is not None:
+            if (problem := empty_shard(self.module)) is not None:
+                raise ValueError(problem)
             data_parallel.apply(self.module, dp_mesh())
         self.__dict__["_data_parallel"] = data_parallel
         batches = None if world().config.prescaled_batch else OwnBatches(tp_mesh())

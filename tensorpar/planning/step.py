@@ -16,7 +16,7 @@ from torch.utils.flop_counter import (
 )
 
 from tensorpar.context import tensor_parallelism
-from tensorpar.data_parallel import DataParallel, require_even_batches
+from tensorpar.data_parallel import DataParallel, empty_shard, require_even_batches
 from tensorpar.mesh import world
 from tensorpar.planning.counting import Kept, LiveBytes, Sent, Traffic, num_bytes
 from tensorpar.planning.pretence import NoStorage, pretended_world
@@ -76,6 +76,8 @@ def planned(wanted: Wanted) -> Figures:
         with nothing, tensor_parallelism(sequence_parallel=wanted.sequence_parallel):
             model = built(wanted)
         if wanted.dp > 1:  # makes meshes, which need values
+            if (problem := empty_shard(model)) is not None:
+                warnings.warn(problem, stacklevel=1)
             DataParallel(wanted.data_parallel).apply(model, dp_mesh)
         with nothing:
             given = batch(wanted)

@@ -178,6 +178,18 @@ def test_old_checkpoints_go(ranks, tmp_path):
     assert listed(str(tmp_path)) == ["step-000000002", "step-000000003"]
 
 
+def kept_by_fsspec() -> int | None:
+    """The step that is read back from a store that is no folder, and belongs to this process."""
+    save_often("memory://run", 2)
+    resumed = tensorpar.load_checkpoint("memory://run", **Run().parts)
+    return resumed and resumed.step
+
+
+def test_stores_of_fsspec(ranks):
+    """A URL in place of a path."""
+    assert ranks(1).run(kept_by_fsspec) == [3]
+
+
 def test_all_can_be_kept(ranks, tmp_path):
     """`keep=None`."""
     ranks(2).run(save_often, str(tmp_path), None)

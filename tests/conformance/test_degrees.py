@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+import tensorpar
 from tests.conformance.families import (
     CASES,
     EXACT,
+    build,
     build_causal,
     generated,
     outputs_and_gradients,
 )
-from tests.conformance.gpt2 import Tensors, require_close, require_equal_ranks
+from tests.conformance.gpt2 import Tensors, refusal, require_close, require_equal_ranks
 from tests.conformance.test_generation import prompt
 
 #: as many heads as GPT-2 small and BERT base have, and GPT-2 XL, narrow and shallow.
@@ -47,3 +49,18 @@ def test_degree(ranks, family, config, size):
     logits = {"logits": results[0].pop("logits")}
     require_close(logits, {"logits": reference.pop("logits")}, 1e-5)
     require_close(results[0], reference, EXACT)
+
+
+def without_a_head(kind: str) -> str:
+    """Five heads at degree 4."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True)
+    return refusal(lambda: tensorpar.DistributedModel(model, data_parallel=kind))
+
+
+def test_a_rank_without_a_head_is_refused(ranks):
+    """On all ranks, where FSDP2 would fail on that one, in backward."""
+    for told in ranks(4).run(without_a_head, "fsdp"):
+        assert (
+            "leaves a rank without a part of its 5 along dim 1 at tensor_parallel_degree = 4"
+            in told
+        )

@@ -39,16 +39,14 @@ def really(job: Wanted) -> Figures:
     return watched(model, optimizer_of(job, model), given, lambda: model(**given))
 
 
-def require_peak(plan: Figures, real: list[Figures], gloo: float = 0) -> None:
-    """That of the rank that has most, but for a number or two in a collective that just ended.
+def require_peak(plan: Figures, real: list[Figures]) -> None:
+    """That of the rank that has most, and what gloo holds besides.
 
-    Args:
-        plan: what was said before.
-        real: of each rank.
-        gloo: share of the peak by which its reduce-scatter, which sums in a copy, may exceed it.
+    It keeps a tensor a little longer than its collective takes, and sums a reduce-scatter in a copy
+    of its own; both are beyond the plan, and small beside all else.
     """
     most = max(one.peak for one in real)
-    assert -64 <= most - plan.peak <= max(64, gloo * most)
+    assert -64 <= most - plan.peak <= 0.03 * most
 
 
 def require_planned(plan: Figures, real: list[Figures]) -> None:
@@ -92,7 +90,7 @@ def test_a_plan_of_a_split_sequence(ranks, family):
     for job in jobs:
         plan, real = planned(job), ranks(job.tp).run(really, job)
         require_planned(plan, real)
-        require_peak(plan, real, gloo=0.03)
+        require_peak(plan, real)
 
 
 @pytest.mark.parametrize("kind", sorted(DATA_PARALLEL))

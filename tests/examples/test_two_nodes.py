@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.conformance.families import BEHIND_FLOAT32
 from tests.conformance.gpt2 import default_dtype, require_close
 from tests.examples.faulty_training import AT, STEPS, batch, build, optimizer_of
+from tests.examples.test_faults import undisturbed
 from tests.two_nodes import two_nodes
 
 
@@ -81,6 +82,15 @@ def test_two_nodes_train_as_one_process(disturbed, record_property):
         assert sum(found) / 4 == pytest.approx(expected, abs=BEHIND_FLOAT32)
     final = load_file(disturbed.folder / "final/model.safetensors")
     require_close(final, {name: weights[name].detach() for name in final}, BEHIND_FLOAT32)
+
+
+def test_the_end_is_that_of_an_undisturbed_run(ranks, disturbed, tmp_path):
+    """Bit for bit: what a rank's death has undone is done again, the same."""
+    ranks(4, tensor_parallel_degree=2).run(undisturbed, str(tmp_path))
+    runs = (disturbed.folder, tmp_path)
+    ours, reference = (load_file(run / "final/model.safetensors") for run in runs)
+    assert ours.keys() == reference.keys()
+    assert all(ours[name].equal(x) for name, x in reference.items())
 
 
 def test_the_others_end_when_a_node_is_gone(disturbed):
