@@ -92,6 +92,12 @@ def test_every_arrangement_writes_the_same(ranks, tmp_path):
             require_same_folders(tmp_path / family / arrangement, theirs)
 
 
+def full_at_once(*_: Any) -> None:
+    """What a copy does that fails on rank 1."""
+    if dist.get_rank() == 1:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def failing_save(folder: str, file: str, rank: int, together: bool) -> list[str]:
     """What every rank is told when one cannot write; afterwards all can save."""
     model = perturbed(Case(), parallel=True)
@@ -110,6 +116,9 @@ def failing_save(folder: str, file: str, rank: int, together: bool) -> list[str]
         with pytest.MonkeyPatch.context() as broken:
             broken.setattr(writing, "write_from", full)
             broken.setattr(own_parts, "write_from", full)
+            if rank == 1:  # amid what the ranks put together, before all meet
+                broken.setattr(pieces, "PIECE_BYTES", SMALL_PIECES)
+                broken.setattr(file_parts.Part, "put_into", full_at_once)
             options = {"max_shard_size": "30KB"}
             told = [refusal(lambda: model.save_pretrained(folder, **options), Exception)]
         told.append(refusal(lambda: model.save_pretrained(file), Exception))
@@ -120,7 +129,7 @@ def failing_save(folder: str, file: str, rank: int, together: bool) -> list[str]
     return told
 
 
-@pytest.mark.parametrize(("rank", "together"), [(0, True), (2, True), (0, False)])
+@pytest.mark.parametrize(("rank", "together"), [(0, True), (1, True), (2, True), (0, False)])
 def test_a_failure_of_a_writing_rank_is_every_ranks(ranks, tmp_path, rank, together):
     """A full disk, a file in the way, no size: an error on all ranks, and nothing has changed."""
     case = Case(dtype=torch.float32)
