@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -187,14 +188,13 @@ def alternate(
 ) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
     """Seconds (after warm-up) and results of every turn, the contestants one after the other.
 
-    Each turn begins with another, since one finds the machine as the one before has left it.
+    Their order is drawn anew for each turn, since one finds the machine as the one before left it.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     results: dict[str, list[Any]] = {name: [] for name in contestants}
-    names = list(contestants)
+    orders = random.Random(0)
     for turn in tqdm(range(warmup + turns), desc="alternating"):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in orders.sample(list(contestants), len(contestants)):
             seconds, result = contestants[name].turn()
             results[name].append(result)
             if turn >= warmup:

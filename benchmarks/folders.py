@@ -81,16 +81,6 @@ def settle(out: Path) -> None:
     subprocess.run(["sync", "-f", out.parent], check=True)
 
 
-def back_free_memory(num_bytes: int) -> None:
-    """Have the machine give as much memory as a file will take in its cache, and leave it free.
-
-    A virtual machine returns free memory to its host after some seconds, and who writes next waits
-    for it: several times as long as for all else.
-    """
-    memory = torch.empty(num_bytes, dtype=torch.uint8)
-    memory[::4096] = 1
-
-
 def file_system(folder: Path) -> str:
     told = subprocess.run(
         ["df", "--output=fstype,source", folder], capture_output=True, text=True, check=True

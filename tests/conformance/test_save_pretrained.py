@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import signal
 import subprocess
@@ -12,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tensorpar import file_parts, hf_compat, own_parts, pieces
-from tensorpar.files import writing
+from tensorpar import hf_compat, pieces
 from tests.conformance.families import CASES as FAMILIES
 from tests.conformance.families import build
 from tests.conformance.gpt2 import Case, batch, perturbed, refusal, require_close, weights_of
@@ -67,18 +64,11 @@ def test_the_folder_is_the_one_transformers_writes(ranks, tmp_path, name, size):
     require_same_folders(ours, theirs)
 
 
-def apart(*_: Any) -> None:
-    """What `make_shared` answers where ranks cannot share memory; rank 0 then writes all."""
-
-
 #: smaller than a row of most matrices, which are 40 or 83 float64 wide.
 SMALL_PIECES = 300
 WAYS: dict[str, dict[str, Any]] = {
     "one file": {},
     "small pieces": {},
-    "apart": {},
-    "apart, small pieces": {"max_shard_size": "30KB"},
-    "every stretch alone": {},
     "many files": {"max_shard_size": "30KB"},
     "variant": {"variant": "half", "max_shard_size": 60_000, "token": "none"},
     "no peft": {"save_peft_format": False, "save_original_format": False},
@@ -91,12 +81,8 @@ def saves(family: str, folder: str) -> None:
         model = build(family, head, parallel=True)
         for name, options in WAYS.items():
             with pytest.MonkeyPatch.context() as patch:
-                if "small pieces" in name:
+                if name == "small pieces":
                     patch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES)
-                if "apart" in name:
-                    patch.setattr(own_parts, "make_shared", apart)
-                if name == "every stretch alone":
-                    patch.setattr(file_parts, "LONG", 1)
                 model.save_pretrained(f"{folder}/{head}/{name}", **options)
 
 
@@ -104,7 +90,7 @@ def saves(family: str, folder: str) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_and_argument(ranks, tmp_path, family, size):
-    """Side by side or apart, in pieces of any size: byte for byte what Transformers writes."""
+    """One file or many, variants, pieces of any size: byte for byte what Transformers writes."""
     ranks(size).run(saves, family, str(tmp_path))
     for head in (FAMILIES[family].model, FAMILIES[family].heads[0]):
         model = build(family, head, parallel=False)
@@ -160,96 +146,6 @@ def test_arguments_that_are_refused(ranks, tmp_path):
         assert "upload_folder" in told[2]
         assert "state_dict()" in told[3]
     assert not (tmp_path / "out").exists()
-
-
-def failing_save(folder: str, file: str, rank: int, together: bool) -> list[str]:
-    """What every rank is told when one cannot write; afterwards all can save."""
-    model = perturbed(Case(), parallel=True)
-    write, num_writes = writing.write_from, 0
-
-    def full(*args: Any) -> None:
-        nonlocal num_writes
-        num_writes += 1
-        if num_writes > 9 and dist.get_rank() == rank:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if not together:
-            patch.setattr(own_parts, "make_shared", apart)
-        with pytest.MonkeyPatch.context() as broken:
-            broken.setattr(writing, "write_from", full)
-            broken.setattr(own_parts, "write_from", full)
-            options = {"max_shard_size": "30KB"}
-            told = [refusal(lambda: model.save_pretrained(folder, **options), Exception)]
-        told.append(refusal(lambda: model.save_pretrained(file), Exception))
-        told.append(
-            refusal(lambda: model.save_pretrained(folder, max_shard_size="huge"), Exception)
-        )
-        model.save_pretrained(f"{folder}-again")
-    return told
-
-
-@pytest.mark.parametrize(("rank", "together"), [(0, True), (2, True), (0, False)])
-def test_a_failure_of_a_writing_rank_is_every_ranks(ranks, tmp_path, rank, together):
-    """A full disk, a file in the way, no size: an error on all ranks, and nothing has changed."""
-    case = Case(dtype=torch.float32)
-    before = tmp_path / "before"
-    perturbed(case, parallel=False).save_pretrained(before)
-    shutil.copytree(before, tmp_path / "out")
-    (tmp_path / "file").write_text("mine")
-    folder, file = str(tmp_path / "out"), str(tmp_path / "file")
-    told = ranks(3).run(failing_save, folder, file, rank, together)
-    for number, lines in enumerate(told):
-        assert "No space left on device" in lines[0]
-        assert "is a file, required: a folder" in lines[1]
-        assert "huge" in lines[2]
-        led = [line.startswith("rank 0, which writes, failed") for line in lines]
-        assert led == [number > 0] * 3
-        assert (f"rank {rank}: " in lines[0]) == (rank > 0)
-    require_same_folders(tmp_path / "out", before)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert (tmp_path / "out-again" / "model.safetensors").exists()
-    left = {"before", "out", "file", "out-again"}
-    assert {path.name for path in tmp_path.iterdir()} == left
-
-
-def largest_allocation(folder: str, together: bool) -> int:
-    """The largest tensor that this rank makes while all save, in bytes."""
-    model = perturbed(Case(), parallel=True)
-    largest = 0
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and not isinstance(result, DTensor):
-                fresh = not any(
-                    isinstance(x, torch.Tensor)
-                    and not x.is_meta
-                    and x.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
-                    for x in args
-                    if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
-                )
-                if fresh and not result.is_meta and func is not DTensor.to_local:
-                    largest = max(largest, result.nbytes)
-            return result
-
-    with pytest.MonkeyPatch.context() as patch, Watch():
-        patch.setattr(pieces, "PIECE_BYTES", 512)
-        if not together:
-            patch.setattr(own_parts, "make_shared", apart)
-        model.save_pretrained(folder)
-    return largest
-
-
-def test_no_rank_holds_more_than_it_must(ranks, tmp_path):
-    """Two shared pieces, here of a page each; where ranks are apart, rank 0 a whole tensor."""
-    folder = str(tmp_path / "out")
-    assert all(one <= 2 * 4096 for one in ranks(2).run(largest_allocation, folder, True))
-    writer, *others = ranks(2).run(largest_allocation, folder, False)
-    assert writer == 40 * 120 * 8  # the largest tensor; its memory is used again
-    assert all(other <= 512 for other in others)
 
 
 KILLED = """
