@@ -70,8 +70,8 @@ def saves(source: str, how: str, seat: Seat) -> Callable[[], dict[str, Any]]:
     import transformers
 
     import tensorpar
-    from tensorpar import own_parts
     from tensorpar.files import replacing, writing
+    from tensorpar.saving import own_parts
 
     transformers.utils.logging.disable_progress_bar()
     parallel = seat.num_ranks > 1

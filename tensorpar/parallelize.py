@@ -34,7 +34,7 @@ from tensorpar.registry import Plan, find, require_classes
 from tensorpar.replace import replace_children
 from tensorpar.reproducible import refuse_unknown_order
 from tensorpar.resizing import bind_resizing
-from tensorpar.saving import bind
+from tensorpar.saving.own_methods import bind
 from tensorpar.sequence import StreamDoor, require_splittable
 
 

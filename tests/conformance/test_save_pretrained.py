@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tensorpar import hf_compat, pieces
+from tensorpar import hf_compat
+from tensorpar.saving import pieces
 from tests.conformance.families import CASES as FAMILIES
 from tests.conformance.families import build
 from tests.conformance.gpt2 import Case, batch, perturbed, refusal, require_close, weights_of

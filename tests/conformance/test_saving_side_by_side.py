@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tensorpar import file_parts, own_parts, pieces
 from tensorpar.files import writing
+from tensorpar.saving import file_parts, own_parts, pieces
 from tests.conformance.families import CASES as FAMILIES
 from tests.conformance.families import build
 from tests.conformance.gpt2 import Case, perturbed, refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,6 @@ FLOORS = [
         "options",
         "partition",
         "pattern",
-        "pieces",
         "problems",
         "promise",
         "random",
@@ -31,9 +31,9 @@ FLOORS = [
     },
     {"files", "together"},
     {"mesh", "parameters", "empty_shards", "styles", "moments"},
-    {"collectives", "ranks", "registry", "gathering", "file_parts"},
-    {"rows", "own_parts"},
-    {"collecting", "preemption", "region", "agreement", "own_batches", "replace", "reproducible"},
+    {"collectives", "ranks", "registry", "gathering"},
+    {"rows"},
+    {"preemption", "region", "agreement", "own_batches", "replace", "reproducible"},
     {"guard"},
     {"nn"},
     {"doors", "model_doors", "sequence", "delayed", "families", "recognition"},
@@ -110,6 +110,15 @@ def test_translators_are_imported_at_the_doors_only(file):
     }
     if not place.startswith("nn/huggingface"):
         assert "translators" not in at_module_level
+
+
+def test_every_folder_is_installed():
+    """What setup.cfg lists is what there is: an editable install would not miss a folder."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {file.parent.relative_to(ROOT) for file in FILES if file.name == "__init__.py"}
+    packages = {".".join(folder.parts) for folder in folders} | {"tensorpar.translators"}
+    assert set(setup["options"]["packages"].split()) == packages
 
 
 def test_no_room_without_an_idea():

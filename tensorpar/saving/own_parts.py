@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tensorpar import pieces
-from tensorpar.file_parts import Part
 from tensorpar.files.disk import start_writing
 from tensorpar.files.positioned import bytes_of, write_from
 from tensorpar.files.shared_memory import attached, make_shared
 from tensorpar.partition import chunk_bounds
+from tensorpar.saving import pieces
+from tensorpar.saving.file_parts import Part
 from tensorpar.styles import Layout
 from tensorpar.together import on_all_ranks
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
-from tensorpar.collecting import Collector
 from tensorpar.files.replacing import replacing
 from tensorpar.files.writing import write_weights
 from tensorpar.gathering import TIMEOUT, annotated
@@ -26,6 +25,7 @@ from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.promise import origin_of
 from tensorpar.rendezvous import rendezvous
 from tensorpar.replace import translate_functions
+from tensorpar.saving.collecting import Collector
 
 
 def bind(model: nn.Module) -> None:

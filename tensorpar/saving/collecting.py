@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tensorpar.own_parts import OwnParts
 from tensorpar.parameters import shard_dim
 from tensorpar.partition import chunk_bounds
-from tensorpar.pieces import pieces
 from tensorpar.promise import Promise
+from tensorpar.saving.own_parts import OwnParts
+from tensorpar.saving.pieces import pieces
 from tensorpar.styles import Layout
 
 _DONE, _FAILED, _WRITE = -1, -2, -3

@@ -1,0 +1,1 @@
+"""`save_pretrained` of a parallel model: who writes which bytes of an ordinary folder."""
