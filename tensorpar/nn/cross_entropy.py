@@ -1,13 +1,13 @@
 """Cross entropy on logits whose vocabulary is sharded: the logits are never gathered.
 
     x_NV   this rank's logits (V = vocabulary / n)      t_N  targets, the same on all ranks
-    lse_N  = log sum_V exp(x)                           (local)
-    max_N  = all_reduce_max(lse)
-    [sum_N, pick_N] = all_reduce([exp(lse - max),  x[t] - max  where t is here, else 0])
+    own_N, part_N = max_V(x), sum_V(exp(x - own))       (local)
+    max_N  = all_reduce_max(own)
+    [sum_N, pick_N] = all_reduce([part * exp(own - max),  x[t] - max  where t is here, else 0])
     loss_N = log(sum_N) - pick_N
-    all_N  = max_N + log(sum_N)
-    dgrad    dx_NV = (exp(x - all) - onehot(t)) * dloss_N    (local)
+    dgrad    dx_NV = (exp(x - max) / sum - onehot(t)) * dloss_N    (local)
 
+No logarithm is subtracted from logits, whose rounding would be the same error in a whole row.
 Two small all-reduces forward, none backward (Shoeybi et al., "Megatron-LM", 2019, section 3).
 """
 
@@ -37,38 +37,44 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x_NV: torch.Tensor, target_N: torch.Tensor, start: int, mesh: DeviceMesh
     ) -> torch.Tensor:
-        lse_N = _log_sum_exp(x_NV)
-        max_N = all_reduce(lse_N, mesh, dist.ReduceOp.MAX)
+        own_N, part_N = _max_and_sum(x_NV)
+        max_N = all_reduce(own_N, mesh, dist.ReduceOp.MAX)
         here_N = (target_N >= start) & (target_N < start + x_NV.shape[1])
         column_N = (target_N - start).masked_fill(~here_N, 0)
-        sums_2N = torch.stack([torch.exp(lse_N - max_N), torch.zeros_like(lse_N)])
+        sums_2N = torch.stack([part_N * torch.exp(own_N - max_N), torch.zeros_like(own_N)])
         if x_NV.shape[1]:
             picked_N = x_NV.gather(1, column_N[:, None])[:, 0] - max_N
             sums_2N[1] = picked_N.masked_fill(~here_N, 0.0)
         sum_N, picked_N = all_reduce(sums_2N, mesh)
-        log_sum_N = sum_N.log()
-        ctx.save_for_backward(x_NV, max_N + log_sum_N, column_N, here_N)
-        return (log_sum_N - picked_N).to(x_NV.dtype)
+        ctx.save_for_backward(x_NV, max_N, sum_N, column_N, here_N)
+        return (sum_N.log() - picked_N).to(x_NV.dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss_N: torch.Tensor) -> Any:
-        x_NV, all_N, column_N, here_N = ctx.saved_tensors
-        dx_NV = (x_NV - all_N[:, None]).exp_().mul_(dloss_N[:, None]).to(x_NV.dtype)
+        x_NV, max_N, sum_N, column_N, here_N = ctx.saved_tensors
+        dx_NV = (x_NV - max_N[:, None]).exp_().mul_((dloss_N / sum_N)[:, None]).to(x_NV.dtype)
         if x_NV.shape[1]:
             dx_NV.scatter_add_(1, column_N[:, None], (-dloss_N * here_N)[:, None])
         return dx_NV, None, None, None
 
 
-def _log_sum_exp(x_NV: torch.Tensor) -> torch.Tensor:
-    """`x_NV.logsumexp(1)`, at least in float32; -inf without columns.
+def _max_and_sum(x_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of each row, and the sum of `exp(x - largest)`; at least in float32.
 
-    In row blocks, whose temporaries stay in cache.
+    Without columns, or where all are -inf: -inf and 0. In row blocks, whose temporaries stay in
+    cache.
     """
     dtype = torch.promote_types(x_NV.dtype, torch.float32)
     if x_NV.shape[1] == 0:
-        return x_NV.new_full(x_NV.shape[:1], -torch.inf, dtype=dtype)
+        own_N = x_NV.new_full(x_NV.shape[:1], -torch.inf, dtype=dtype)
+        return own_N, torch.zeros_like(own_N)
     rows = max(1, _BLOCK_ELEMENTS // x_NV.shape[1])
-    return torch.cat([block.to(dtype).logsumexp(1) for block in x_NV.split(rows)])
+    own, part = [], []
+    for block in x_NV.split(rows):
+        own.append(block.amax(1).to(dtype))
+        finite = own[-1].masked_fill(own[-1] == -torch.inf, 0.0)
+        part.append((block - finite[:, None]).exp_().sum(1))
+    return torch.cat(own), torch.cat(part)
 
 
 def vocab_parallel_cross_entropy(
