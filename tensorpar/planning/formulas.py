@@ -50,7 +50,7 @@ the fused product that q is a view of is kept whole.
 |---|---|
 | input, output, mean and deviation of the last norm | `2 N h`, and `2 N` float32 |
 | logits of this rank | `N c(V)` |
-| loss | `N` float32, one int64, two bool a token, and 8 bytes |
+| loss | three float32, one int64, two bool a token, and 8 bytes |
 | embedding | `N` int64 and `N` bool, which rows are another rank's |
 | GPT-2: position ids | `s` int64 |
 | GPT-J: the causal mask | `b s s` |
@@ -159,7 +159,7 @@ def sent(z: Sizes) -> Mapping[str, Sent]:
         "all-reduce backward": activations,
         "all-reduce batch check": Sent(1, 2 * _INT64),
         "all-reduce forward": activations,
-        "all-reduce loss": Sent(2, 3 * z.N * z.e),
+        "all-reduce loss": Sent(2, 3 * z.N * _FLOAT32),
     }
 
 
@@ -170,7 +170,7 @@ def activations(z: Sizes) -> int:
     layer += (4 if z.is_gptj else 6) * z.N * z.A * z.e + z.N * z.heads * _FLOAT32
     layer += 5 * z.N * z.inner * z.e
     last = 2 * z.N * z.h * z.e + 2 * z.N * _FLOAT32
-    loss = z.N * z.V * z.e + z.N * (z.e + _INT64 + 2) + _INT64
+    loss = z.N * z.V * z.e + z.N * (3 * _FLOAT32 + _INT64 + 2) + _INT64
     embedding = z.N * (_INT64 + 1)
     if z.is_gptj:
         layer += 4 * z.s * z.rotary * z.e

@@ -151,7 +151,7 @@ def test_arguments_that_are_refused(ranks, tmp_path):
 
 KILLED = """
 import os, signal, sys, torch, transformers, tensorpar
-from tensorpar import own_parts
+from tensorpar.saving import own_parts
 folder = sys.argv[1]
 tensorpar.init(tensor_parallel_degree=1)
 config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=4)
