@@ -2,8 +2,9 @@
 
 Contestants alternate within one run and share the same cores: tensorpar and its peers have one
 process per rank of one thread each, one process has as many threads. Losses of every turn are
-compared before any time is believed. Run with `make bench`, or for example
-`python benchmarks/bench_step.py --families gptj --widths 512 --sequence 1024`.
+compared before any time is believed. `least work` is no contestant but the bound of all: products,
+kernels and collectives of tensorpar's step, and nothing between them. Run with `make bench`, or for
+example `python benchmarks/bench_step.py --families gptj --widths 768 --sequence 1024`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from functools import partial
 from typing import Any
 
 from chart import bars
-from contest import Contestant, alternate, present, ratio, record, require_equal
+from contest import Contestant, Work, alternate, present, ratio, record, require_equal
+from least import least
 from models import FAMILIES, Shape
 from systems import SYSTEMS, forward_only, training_step
 
 #: dropout draws other masks on other systems, so their losses only resemble each other.
 MAX_LOSS_DIFFERENCE, MAX_DROPOUT_DIFFERENCE = 1e-3, 1.0
 WORK = {"train": training_step, "forward": forward_only}
+LEAST = "least work"
 
 
 def main() -> None:
@@ -42,7 +45,8 @@ def main() -> None:
             )
             print(f"\n{args.what}: {shape}")
             rows += measured(shape, args)
-    name = f"{args.what}_{args.sequence}" + ("_dropout" if args.dropout else "")
+    widths = "_".join(map(str, args.widths))
+    name = f"{args.what}_{widths}_at_{args.sequence}" + ("_dropout" if args.dropout else "")
     record(f"{name}_cpu", {"rows": rows, "arguments": vars(args)})
     ratios = {
         f"{row['family']} {row['width']}": {"one process": 1.0}
@@ -62,7 +66,7 @@ def measured(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
         ways = {
             name: partial(
                 Contestant,
-                partial(WORK[args.what], name, shape),
+                work(name, shape, args.what),
                 1 if name == "one process" else args.tp,
                 args.threads,
                 folder,
@@ -72,6 +76,7 @@ def measured(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
         contestants = present(stack, ways)
         times, losses = alternate(contestants, args.warmup, args.pairs)
         cpu = {name: one.cpu_seconds[args.warmup :] for name, one in contestants.items()}
+    losses.pop(LEAST, None)
     require_equal(losses, MAX_DROPOUT_DIFFERENCE if shape.dropout else MAX_LOSS_DIFFERENCE)
     rows = [
         {
@@ -82,7 +87,8 @@ def measured(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
             "cpu seconds": cpu[name],
             "ratio": ratio(seconds, times["one process"]),
             "tensorpar's ratio to it": ratio(times["tensorpar"], seconds),
-            "last loss": losses[name][-1],
+            **({LEAST: ratio(times[LEAST], seconds)} if LEAST in times else {}),
+            "last loss": losses[name][-1] if name in losses else None,
         }
         for name, seconds in times.items()
     ]
@@ -90,19 +96,27 @@ def measured(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def work(system: str, shape: Shape, what: str) -> Work:
+    """What a contestant does at each turn."""
+    if system == LEAST:
+        return partial(least, WORK[what], shape)
+    return partial(WORK[what], system, shape)
+
+
 def show(rows: list[Mapping[str, Any]]) -> None:
     """The table of one shape."""
     print(
         f"{'':20}{'median s':>9}{'best s':>8}{'CPU s':>8}{'ratio':>8}{'quartiles':>14}"
-        f"{'of best':>9}{'tensorpar to it':>17}"
+        f"{'of best':>9}{'tensorpar to it':>17}{LEAST + ' to it':>18}"
     )
     for row in rows:
         own, ours = row["ratio"], row["tensorpar's ratio to it"]["median"]
+        bound = f"{row[LEAST]['median']:18.2f}" if LEAST in row else ""
         spread = "{:.2f} to {:.2f}".format(*own["quartiles"])
         print(
             f"{row['system']:20}{statistics.median(row['seconds']):9.3f}"
             f"{min(row['seconds']):8.3f}{statistics.median(row['cpu seconds']):8.3f}"
-            f"{own['median']:8.2f}{spread:>14}{own['of best']:9.2f}{ours:17.2f}"
+            f"{own['median']:8.2f}{spread:>14}{own['of best']:9.2f}{ours:17.2f}{bound}"
         )
 
 
@@ -110,8 +124,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", choices=WORK, default="train")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--widths", nargs="+", type=int, default=[768])
+    systems = [*SYSTEMS, LEAST]
+    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
+    parser.add_argument("--widths", nargs="+", type=int, default=[512])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)
