@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tensorpar.parameters import stored_name
 from tensorpar.rendezvous import rendezvous
+from tensorpar.styles import Layout
 
 TIMEOUT = timedelta(seconds=300)
 
@@ -40,14 +41,24 @@ def whole_tensors(tensors: Mapping[str, Any], *, keep: bool = True) -> Iterator[
 
 
 def whole_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """A parameter of a parallel module: full, plain, in Hugging Face's layout. Collective."""
+    """A parameter of a parallel model: full, plain, in Hugging Face's layout. Collective."""
     own: Any = module._parameters[name]
-    full = own.detach().full_tensor()
-    if (layout := module.__dict__.get("layouts", {}).get(name)) is not None:
+    full = whole(own, module.__dict__.get("layouts", {}).get(name))
+    return nn.Parameter(full, requires_grad=own.requires_grad)
+
+
+def whole(tensor: Any, layout: Layout | None) -> torch.Tensor:
+    """A DTensor full, plain, dense and in Hugging Face's layout. Collective over its mesh.
+
+    Args:
+        tensor: a parameter, or what has its shape and placements.
+        layout: the parameter's; None where it is as Hugging Face has it.
+    """
+    full: torch.Tensor = tensor.detach().full_tensor()
+    if layout is not None:
         full = layout.pattern.inverse.apply(full)
     # a replica is the parameter itself, and what is gathered of uneven shards is padded
-    dense = full.clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(dense, requires_grad=own.requires_grad)
+    return full.clone(memory_format=torch.contiguous_format)
 
 
 def gathered_state_dict(
@@ -120,6 +131,22 @@ def placed_as(parameter: DTensor, full: torch.Tensor) -> torch.Tensor:
         full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
     return placed
+
+
+def own_part(
+    parameter: Any, full: torch.Tensor, layout: Layout | None, sizes: Mapping[str, int]
+) -> torch.Tensor:
+    """The inverse of `whole`: placed as `parameter` is, in memory of its own; no communication.
+
+    Args:
+        parameter: on its mesh.
+        full: plain, in Hugging Face's layout, of any dtype.
+        layout: the parameter's, or None.
+        sizes: of the layout's axes.
+    """
+    if layout is not None:
+        full = layout.pattern.apply(full, **sizes)
+    return torch.empty_like(parameter, dtype=full.dtype).copy_(placed_as(parameter, full))
 
 
 def check_keys(own: Mapping[str, torch.Tensor], given: Mapping[str, Any], *, strict: bool) -> None:

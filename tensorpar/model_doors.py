@@ -34,6 +34,7 @@ from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
 from tensorpar.rows import whole_again
+from tensorpar.whole_weights import remember
 
 #: for how many forwards of a model the content of the batch is compared, not only its shape.
 CONTENT_STEPS = 10
@@ -119,6 +120,7 @@ class ModelDoor:
         door = cls(model, mesh, **choices)
         model.__dict__["_tensorpar_door"] = door
         mix_in(model, Uncompiled)
+        remember(model)
         model.register_forward_pre_hook(door.open, prepend=True, with_kwargs=True)
         model.register_forward_hook(door.close, always_call=True)
 
@@ -153,6 +155,7 @@ class ModelDoor:
         self, model: nn.Module, given: dict[str, Any], contexts: ExitStack
     ) -> None:
         contexts.callback(_inside.reset, _inside.set(True))
+        remember(model)
         if self.check_batches and not _generating.get():
             self.compare(given, training=model.training)
         self.guard.enter(model, given)

@@ -27,8 +27,8 @@ _SCALARS = (int, float, str, type(None))
 #: the beginning of every refusal of states that are no moments.
 CANNOT_FOLLOW = (
     "the optimizer's state cannot follow its parameters, required: tensors of their shapes, and "
-    "scalars; one with other states, such as Adafactor's factored averages, goes on at the same "
-    "degree by torch.distributed.checkpoint, or begins anew"
+    "scalars; one with other states, such as Adafactor's factored averages, goes on at any degree "
+    "from what tensorpar.save_checkpoint writes, or begins anew"
 )
 
 

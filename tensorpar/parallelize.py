@@ -195,17 +195,4 @@ def _refuse_stale_parameters(optimizer: torch.optim.Optimizer, *_: object) -> No
             )
 
 
-def _refuse_adafactor(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """torch's and Transformers' own fail on DTensors, and say so in words about placements."""
-    if type(optimizer).__name__ != "Adafactor":
-        return
-    if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            "Adafactor of a tensor-parallel model, required: an optimizer that updates elements "
-            "one by one, such as AdamW(fused=True) or SGD; Adafactor averages over the rows and "
-            "columns of whole weights, of which a rank has a part, with q|k|v and heads apart"
-        )
-
-
-register_optimizer_step_pre_hook(_refuse_adafactor)
 register_optimizer_step_pre_hook(_refuse_stale_parameters)

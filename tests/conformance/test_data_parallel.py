@@ -32,6 +32,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-3, fused=True),
     "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-3, foreach=True),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(1e-5, 1e-3)),
 }
 
 
@@ -83,23 +84,23 @@ def whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-@pytest.mark.feature("data parallel: fully_shard and replicate")
+def trained_by_each(family: str, way: Any) -> Tensors:
+    """What every stock optimizer makes of the same model."""
+    return {
+        f"{optimizer}/{name}": x
+        for optimizer in OPTIMIZERS
+        for name, x in trained(family, way, optimizer).items()
+    }
+
+
+@pytest.mark.feature("data parallel: fully_shard and replicate, every stock optimizer")
 @pytest.mark.parametrize("way", ["fsdp", "replicate"])
 @pytest.mark.parametrize("family", sorted(CASES))
 def test_law_parity_at_two_by_two(ranks, family, way):
     """Losses, gradient norms and weights equal one process's, gradients accumulated."""
-    results = ranks(4, tensor_parallel_degree=2).run(trained, family, way)
+    results = ranks(4, tensor_parallel_degree=2).run(trained_by_each, family, way)
     require_equal_ranks(results)
-    require_close(results[0], trained(family, None), BEHIND_FLOAT32)
-
-
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "fused AdamW"])
-@pytest.mark.parametrize("way", ["fsdp", "replicate"])
-def test_stock_optimizers(ranks, way, optimizer):
-    """Optimizers that update elements one by one take the steps of one process."""
-    results = ranks(4, tensor_parallel_degree=2).run(trained, "gpt2", way, optimizer)
-    require_equal_ranks(results)
-    require_close(results[0], trained("gpt2", None, optimizer), BEHIND_FLOAT32)
+    require_close(results[0], trained_by_each(family, None), BEHIND_FLOAT32)
 
 
 def test_fully_shard_by_the_user(ranks):

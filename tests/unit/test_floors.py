@@ -34,7 +34,7 @@ FLOORS = [
     {"collectives", "ranks", "registry", "gathering"},
     {"rows"},
     {"preemption", "region", "agreement", "own_batches", "replace", "reproducible"},
-    {"guard"},
+    {"guard", "whole_weights"},
     {"nn"},
     {"doors", "model_doors", "sequence", "delayed", "families", "recognition"},
     {"saving", "loading", "initialising", "attention_choice", "adapter_files", "data_parallel"},
