@@ -86,24 +86,6 @@ class DataParallel:
             replicate(unit, **options)
 
 
-def empty_shard(model: nn.Module) -> str | None:
-    """Why a tensor-parallel model cannot train data parallel; None if it can.
-
-    FSDP2's reductions take no empty gradient, so one rank would raise and the others wait for it.
-    """
-    for name, parameter in model.named_parameters():
-        dim = shard_dim(parameter)
-        if isinstance(parameter, DTensor) and dim is not None and parameter.requires_grad:
-            size, degree = parameter.shape[dim], parameter.device_mesh.size()
-            if not chunk_sizes(size, degree)[-1]:
-                return (
-                    f"{name} leaves a rank without a part of its {size} along dim {dim} at "
-                    f"tensor_parallel_degree = {degree}, required for data parallelism: a part on "
-                    "every rank, since FSDP2 reduces no empty gradient; choose another degree"
-                )
-    return None
-
-
 def placement_over(parameter: nn.Parameter, size: int) -> Shard | None:
     """Where FSDP2 cuts a parameter; None for its rule, which is dim 0, padded.
 

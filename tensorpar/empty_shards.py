@@ -1,8 +1,9 @@
-"""Largest element and infinity norm of a DTensor of which some rank holds nothing.
+"""What torch does not do with a DTensor of which some rank holds nothing, answered or refused.
 
-torch refuses them for an empty tensor, so only the rank that holds one would raise, while the
-others wait for it in the reduction. The answer is clear, though: an empty shard counts as the
-operation's identity. This is the one place that reaches into DTensor's dispatcher.
+For the largest element and the infinity norm torch refuses an empty tensor, so only the rank that
+holds one would raise, while the others wait for it in the reduction. The answer is clear, though:
+an empty shard counts as the operation's identity. This is the one place that reaches into DTensor's
+dispatcher. FSDP2 has no answer, so a model that leaves a rank without a part is told apart here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+
+from tensorpar.parameters import shard_dim
+from tensorpar.partition import chunk_sizes
 
 _aten = torch.ops.aten
 
@@ -64,3 +69,22 @@ def _fill(tensor: Any, identity: float) -> Any:
     return DTensor.from_local(
         shard, tensor.device_mesh, placements, run_check=False, shape=length, stride=(1,)
     )
+
+
+def empty_shard(model: nn.Module) -> str | None:
+    """Why a tensor-parallel model cannot train data parallel; None if it can.
+
+    FSDP2's reductions take no empty gradient, so one rank would raise and the others wait for it.
+    """
+    for name, parameter in model.named_parameters():
+        dim = shard_dim(parameter)
+        if isinstance(parameter, DTensor) and dim is not None and parameter.requires_grad:
+            mesh = parameter.device_mesh
+            size, degree = parameter.shape[dim], mesh.size(mesh.ndim - 1)
+            if not chunk_sizes(size, degree)[-1]:
+                return (
+                    f"{name} leaves a rank without a part of its {size} along dim {dim} at "
+                    f"tensor_parallel_degree = {degree}, required for data parallelism: a part on "
+                    "every rank, since FSDP2 reduces no empty gradient; choose another degree"
+                )
+    return None

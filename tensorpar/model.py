@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from tensorpar.data_parallel import (
     DataParallel,
     Kind,
-    empty_shard,
     require_even_batches,
     without_gradient_sync,
 )
+from tensorpar.empty_shards import empty_shard
 from tensorpar.gathering import TIMEOUT, gathered_state_dict, load_full, tensorpar_layout
 from tensorpar.mesh import tp_mesh, world
 from tensorpar.options import Options

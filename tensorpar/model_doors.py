@@ -17,15 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.distributed import DebugLevel, get_debug_level  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum, require_agreement
 from tensorpar.collectives import gather_region
+from tensorpar.empty_shards import empty_shard
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
@@ -100,6 +103,7 @@ class ModelDoor:
         self.mesh = mesh
         self.guard = Guard(model, mesh, check_replicas_every)
         self.check_batches = check_batches
+        self._has_idle_rank = empty_shard(model) is not None
         self.fork = Fork(parts_tensor_parallel_ranks=False)
         self._steps = 0
         self._forwards: list[_Forward] = []
@@ -130,7 +134,8 @@ class ModelDoor:
         """Forward pre-hook. Only the outermost model compares batches.
 
         Raises:
-            ValueError: the ranks' arguments differ; on every rank.
+            ValueError: on every rank: the ranks' arguments differ,
+                or the model is data parallel and some rank has no part of a parameter.
             DivergenceError: what the guard checks differs; on every rank.
         """
         is_hf = hf_compat.is_model(model)
@@ -156,6 +161,8 @@ class ModelDoor:
     ) -> None:
         contexts.callback(_inside.reset, _inside.set(True))
         remember(model)
+        if self._has_idle_rank and torch.is_grad_enabled():
+            self._refuse_fully_shard(model)
         if self.check_batches and not _generating.get():
             self.compare(given, training=model.training)
         self.guard.enter(model, given)
@@ -163,6 +170,14 @@ class ModelDoor:
         if model.training and is_initialized() and world().mesh.size(0) > 1:
             self.fork.enter(world().mesh.get_local_rank("dp"))
             contexts.callback(self.fork.leave)
+
+    def _refuse_fully_shard(self, model: nn.Module) -> None:
+        """What `DistributedModel` refuses, where the user has called torch's function by hand."""
+        if dist.get_backend(self.mesh.get_group()) == "fake":
+            return  # a plan, which says it in a note: its only rank has a part of everything
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        if sharded and (problem := empty_shard(model)) is not None:
+            raise ValueError(problem)
 
     def compare(self, given: dict[str, Any], *, training: bool) -> None:
         """Raise on all ranks unless they are fed alike.

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import (
 )
 
 from tensorpar.context import tensor_parallelism
-from tensorpar.data_parallel import DataParallel, empty_shard, require_even_batches
+from tensorpar.data_parallel import DataParallel, require_even_batches
+from tensorpar.empty_shards import empty_shard
 from tensorpar.mesh import world
 from tensorpar.planning.counting import Kept, LiveBytes, Sent, Traffic, num_bytes
 from tensorpar.planning.pretence import NoStorage, pretended_world

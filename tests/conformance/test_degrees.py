@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
 
 import tensorpar
 from tests.conformance.families import (
@@ -11,6 +13,7 @@ from tests.conformance.families import (
     build,
     build_causal,
     generated,
+    inputs,
     outputs_and_gradients,
 )
 from tests.conformance.gpt2 import Tensors, refusal, require_close, require_equal_ranks
@@ -51,16 +54,29 @@ def test_degree(ranks, family, config, size):
     require_close(results[0], reference, EXACT)
 
 
-def without_a_head(kind: str) -> str:
-    """Five heads at degree 4."""
+def without_a_head() -> tuple[dict[str, str], bool]:
+    """Five heads at degree 4, told in both ways to torch; whether evaluation is left alone."""
     model = build("gpt2", "GPT2LMHeadModel", parallel=True)
-    return refusal(lambda: tensorpar.DistributedModel(model, data_parallel=kind))
+    told = {
+        "fsdp": refusal(lambda: tensorpar.DistributedModel(model, data_parallel="fsdp")),
+        "replicate": refusal(lambda: tensorpar.DistributedModel(model, data_parallel="replicate")),
+    }
+    for block in model.transformer.h:
+        fully_shard(block, mesh=tensorpar.dp_mesh())
+    fully_shard(model, mesh=tensorpar.dp_mesh())
+    given = inputs("GPT2LMHeadModel", labels=True)
+    told["by hand"] = refusal(lambda: model.train()(**given))
+    with torch.no_grad():
+        loss = model.eval()(**given).loss
+    return told, bool(loss.isfinite())
 
 
 def test_a_rank_without_a_head_is_refused(ranks):
     """On all ranks, where FSDP2 would fail on that one, in backward."""
-    for told in ranks(4).run(without_a_head, "fsdp"):
-        assert (
-            "leaves a rank without a part of its 5 along dim 1 at tensor_parallel_degree = 4"
-            in told
-        )
+    for told, evaluates in ranks(8, tensor_parallel_degree=4).run(without_a_head):
+        for told_to in told.values():
+            assert (
+                "leaves a rank without a part of its 5 along dim 1 at tensor_parallel_degree = 4"
+                in told_to
+            )
+        assert evaluates
