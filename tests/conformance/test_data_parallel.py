@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed._composable.replicate import replicate as replicate_by_ddp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 import tensorpar
 from tests.conformance.families import BEHIND_FLOAT32, CASES, build, inputs
@@ -108,106 +107,15 @@ def test_law_parity_at_two_by_two(ranks, family, way):
     require_close(results[0], trained(family, None), BEHIND_FLOAT32)
 
 
-def test_fully_shard_by_the_user(ranks):
-    """`fully_shard` called without tensorpar's wrapper trains the same."""
-    results = ranks(4, tensor_parallel_degree=2).run(trained, "gpt2", "by hand")
-    require_equal_ranks(results)
-    require_close(results[0], trained("gpt2", None), BEHIND_FLOAT32)
-
-
-def options(kind: str, changes: Mapping[str, Any]) -> Tensors:
-    """Training with one option of `DataParallel` changed."""
-    return trained("gpt2", tensorpar.DataParallel(kind, **changes))
-
-
 @pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("fsdp", {"reshard_after_forward": False}), ("fsdp", {"cpu_offload": True})],
+    ("way", "strategy"), [("by hand", "cluster"), ("by hand", "spread"), ("fsdp", "spread")]
 )
-def test_options_change_no_number(ranks, kind, changes):
-    """What is freed or kept on the host is a matter of memory."""
-    results = ranks(4, tensor_parallel_degree=2).run(options, kind, changes)
-    require_close(results[0], trained("gpt2", None), BEHIND_FLOAT32)
-
-
-def mixed(kind: str) -> tuple[set[torch.dtype], set[torch.dtype], float]:
-    """Dtypes inside the blocks and of the parameters, and the loss."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = build("gpt2", "GPT2LMHeadModel", parallel=True, dtype=torch.float32)
-    model = tensorpar.DistributedModel(
-        model, data_parallel=tensorpar.DataParallel(kind, mixed_precision=policy)
-    )
-    inside: set[torch.dtype] = set()
-    model.transformer.h[0].mlp.register_forward_hook(lambda *given: inside.add(given[-1].dtype))
-    loss = model(**inputs("GPT2LMHeadModel", labels=True)).loss
-    loss.backward()
-    torch.optim.AdamW(model.parameters(), fused=True).step()
-    return inside, {p.dtype for p in model.parameters()}, loss.item()
-
-
-@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
-def test_mixed_precision_keeps_float32_master_weights(ranks, kind):
-    """bfloat16 in forward, float32 in what the optimizer sees."""
-    reference = build("gpt2", "GPT2LMHeadModel", parallel=False)
-    expected = reference(**inputs("GPT2LMHeadModel", labels=True)).loss.item()
-    for inside, parameters, loss in ranks(4, tensor_parallel_degree=2).run(mixed, kind):
-        assert inside == {torch.bfloat16}
-        assert parameters == {torch.float32}
-        assert loss == pytest.approx(expected, rel=0.02)
-
-
-def collectives_over_dp(kind: str) -> tuple[int, int]:
-    """How many collectives of backward are over data-parallel ranks, without and with sync."""
-    model = build("gpt2", "GPT2LMHeadModel", parallel=True).train()
-    tensor_parallel = counted_backward(model)
-    model = tensorpar.DistributedModel(model, data_parallel=kind)
-    counted_backward(model)
-    with model.no_sync():
-        unsynced = counted_backward(model)
-    return unsynced - tensor_parallel, counted_backward(model) - tensor_parallel
-
-
-def counted_backward(model: torch.nn.Module) -> int:
-    """Reductions of one backward."""
-    loss = model(**inputs("GPT2LMHeadModel", labels=True)).loss
-    with CommDebugMode() as mode:
-        loss.backward()
-    reductions = (n for op, n in mode.get_comm_counts().items() if "gather" not in str(op))
-    return sum(reductions)
-
-
-@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
-def test_skipped_steps_reduce_nothing(ranks, kind):
-    """Within `no_sync` gradients stay where they are; after it one reduction a unit."""
-    for unsynced, synced in ranks(4, tensor_parallel_degree=2).run(collectives_over_dp, kind):
-        assert unsynced == 0
-        assert synced == 3  # two blocks and the rest
-
-
-def accumulated(kind: str | None) -> Tensors:
-    """Weights after a step on two micro-batches, the first within `no_sync`."""
-    model = build("gpt2", "GPT2LMHeadModel", parallel=kind is not None).train()
-    given = inputs("GPT2LMHeadModel", labels=True)
-    if kind is None:
-        for row in (0, 1, 2, 1):
-            (model(**{name: x[[row]] for name, x in given.items()}).loss / 4).backward()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-        return detached(weights_of(model), "weight")
-    parallel = tensorpar.DistributedModel(model, data_parallel=kind)
-    own = ROWS[tensorpar.dp_rank()]
-    with parallel.no_sync():
-        (parallel(**{name: x[[own[0]]] for name, x in given.items()}).loss / 2).backward()
-    (parallel(**{name: x[[own[1]]] for name, x in given.items()}).loss / 2).backward()
-    torch.optim.SGD(parallel.parameters(), lr=0.1).step()
-    return detached(weights_of(parallel.module), "weight")
-
-
-@pytest.mark.parametrize("kind", ["fsdp", "replicate"])
-def test_gradients_accumulate_without_sync(ranks, kind):
-    """The step after `no_sync` is that of all micro-batches on all ranks."""
-    results = ranks(4, tensor_parallel_degree=2).run(accumulated, kind)
+def test_other_ways(ranks, way, strategy):
+    """`fully_shard` without tensorpar's wrapper, and tensor-parallel ranks that lie apart."""
+    pool = ranks(4, tensor_parallel_degree=2, placement_strategy=strategy)
+    results = pool.run(trained, "gpt2", way)
     require_equal_ranks(results)
-    require_close(results[0], accumulated(None), BEHIND_FLOAT32)
+    require_close(results[0], trained("gpt2", None), BEHIND_FLOAT32)
 
 
 def refused() -> Mapping[str, str]:

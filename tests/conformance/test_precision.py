@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.conformance.families import CASES, build_causal, inputs, without_padding
-from tests.conformance.gpt2 import Tensors, gradients_of, tensors_of
+from tests.conformance.gpt2 import Tensors, gradients_of, require_equal_ranks, tensors_of
 
 SEEDS = range(2)
 #: the way of computing to the dtype of the parameters and of autocast.
@@ -76,6 +77,45 @@ def test_error_is_that_of_one_process(ranks, family, way):
         ours = error(together, exact, of_logits=of_logits)
         theirs = error(alone, exact, of_logits=of_logits)
         assert 0 < ours <= 2 * theirs
+
+
+def with_masters(family: str, dtype: torch.dtype, parallel: bool) -> Tensors:
+    """Float32 masters after steps of which each is less than `dtype` resolves in the weights."""
+    model = build_causal(family, parallel=parallel, dtype=torch.bfloat16).to(dtype).train()
+    own = list(model.parameters())
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    masters = [p.detach().to(exact, copy=True).requires_grad_() for p in own]
+    optimizer = torch.optim.SGD(masters, lr=1e-3, momentum=0.9)
+    start = [x.detach().clone() for x in masters]
+    for _ in range(4):
+        model(**inputs("LM", labels=True)).loss.backward()
+        for p, master in zip(own, masters, strict=True):
+            master.grad, p.grad = p.grad.to(exact), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(own, masters, strict=True):
+                p.copy_(master)
+    moved = [x.detach() - before for x, before in zip(masters, start, strict=True)]
+    return {f"{number}": whole(x) for number, x in enumerate(moved)}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A parameter's elements in an order that layouts do not change."""
+    full = x.full_tensor() if isinstance(x, DTensor) else x
+    return full.flatten().sort().values
+
+
+@pytest.mark.feature("bfloat16 parameters with float32 master weights")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_master_weights(ranks, family):
+    """A user's own float32 copies are stepped and written back; the error is one process's."""
+    exact = [with_masters(family, torch.float64, False)]
+    alone = [with_masters(family, torch.bfloat16, False)]
+    results = ranks(2).run(with_masters, family, torch.bfloat16, True)
+    require_equal_ranks(results)
+    ours, theirs = (error(found, exact, of_logits=False) for found in (results[:1], alone))
+    assert 0 < ours <= 2 * theirs
 
 
 def cast(family: str, parallel: bool) -> dict[str, Any]:
