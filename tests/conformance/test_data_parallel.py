@@ -187,11 +187,11 @@ def test_export_and_generation(ranks, tmp_path, kind):
         assert torch.equal(tokens, expected)
 
 
-def overflowing(kind: str | None) -> list[tuple[bool, float]]:
+def overflowing(kind: str | None, way: type[torch.optim.Optimizer]) -> list[tuple[bool, float]]:
     """Whether each of two scaled steps is skipped, and the scale after; rank 1 overflows once."""
     model = build("gpt2", "GPT2LMHeadModel", parallel=True, dtype=torch.float32)
     parallel = tensorpar.DistributedModel(model, data_parallel=kind)
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    optimizer = way(parallel.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     overflows = [tensorpar.rank() == 1, False]
 
@@ -203,7 +203,9 @@ def overflowing(kind: str | None) -> list[tuple[bool, float]]:
     seen = []
     for _ in range(2):
         before = weights_of(model)
-        scaler.scale(parallel(**inputs("GPT2LMHeadModel", labels=True)).loss).backward()
+        with torch.autocast("cpu", torch.float16):
+            loss = parallel(**inputs("GPT2LMHeadModel", labels=True)).loss
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
         scaler.step(optimizer)
@@ -216,8 +218,16 @@ def overflowing(kind: str | None) -> list[tuple[bool, float]]:
     return seen
 
 
-@pytest.mark.parametrize(("size", "kind"), [(2, None), (4, "fsdp"), (4, "replicate")])
-def test_overflow_on_one_rank_skips_the_step_on_all(ranks, size, kind):
-    """torch's `GradScaler` sees the infinity of any rank on every rank."""
-    for steps in ranks(size, tensor_parallel_degree=2).run(overflowing, kind):
+@pytest.mark.parametrize(
+    ("size", "kind", "way"),
+    [
+        (2, None, torch.optim.SGD),
+        (2, None, torch.optim.Adafactor),
+        (4, "fsdp", torch.optim.SGD),
+        (4, "replicate", torch.optim.SGD),
+    ],
+)
+def test_overflow_on_one_rank_skips_the_step_on_all(ranks, size, kind, way):
+    """Autocast to float16: torch's `GradScaler` sees the infinity of any rank on every rank."""
+    for steps in ranks(size, tensor_parallel_degree=2).run(overflowing, kind, way):
         assert steps == [(True, 512.0), (False, 512.0)]

@@ -5,9 +5,12 @@ Each step is one process's, whatever the degree, and so is what the optimizer re
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import tensorpar
+from tensorpar.gathering import whole
 from tests.conformance.families import BEHIND_FLOAT32, CASES, EXACT, build, inputs
 from tests.conformance.gpt2 import (
     Tensors,
@@ -216,6 +220,40 @@ def test_ranks_that_would_step_other_weights(ranks):
         assert (
             "transformer.h.1.mlp.c_fc.weight = a gradient and states [] on rank 0, absent" in told
         )
+
+
+def others() -> tuple[str, bool, int]:
+    """What is said to parameters of no model; whether a copy steps; how many weights are whole."""
+    model = build("gpt2", "GPT2LMHeadModel", parallel=True)
+    twin = copy.deepcopy(model)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def counted(tensor: Any, layout: Any) -> torch.Tensor:
+        nonlocal most
+        alive.add(full := whole(tensor, layout))
+        most = max(most, len(alive))
+        return full
+
+    for one in (model, twin):
+        one(**inputs("GPT2LMHeadModel", labels=True)).loss.backward()
+        with mock.patch.object(tensorpar.whole_weights, "whole", counted):
+            by_torch(one).step()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    same = all(torch.equal(x.to_local(), y.to_local()) for x, y in pairs)
+    unknown = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    unknown.grad = unknown.detach().clone()
+    held = [*model.parameters(), unknown]
+    return refusal(torch.optim.Adafactor(held).step), same, most
+
+
+def test_copies_and_parameters_of_no_model(ranks):
+    """A copy has its layouts; what has none is refused; one weight and its gradient are whole."""
+    for told, same, most in ranks(2).run(others):
+        assert "Adafactor steps 1 DTensors of no parallel model that has run" in told
+        assert "(97, 40)" in told.replace("[", "(").replace("]", ")")
+        assert same
+        assert most == 2
 
 
 def by_trainer(folder: str, parallel: bool) -> Tensors:
