@@ -3,7 +3,8 @@
 A moment is a tensor of its parameter's shape: Adam's averages, SGD's momentum. It has its
 parameter's name, so it has its layout and its shards as well, and all moments of one kind together
 are nothing but a state dict. Scalars, such as the step, pass through. Whatever has another shape is
-refused: it follows from its parameter's shape in a way that only its optimizer knows.
+refused: it follows from its parameter's shape in a way that only its optimizer knows. Where a
+caller knows that it is of whole weights, it is set apart and passes through as well.
 
 torch keeps the dict by index, `torch.distributed.checkpoint` by name; both are read here.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -27,8 +28,8 @@ _SCALARS = (int, float, str, type(None))
 #: the beginning of every refusal of states that are no moments.
 CANNOT_FOLLOW = (
     "the optimizer's state cannot follow its parameters, required: tensors of their shapes, and "
-    "scalars; one with other states, such as Adafactor's factored averages, goes on at any degree "
-    "from what tensorpar.save_checkpoint writes, or begins anew"
+    "scalars; Adafactor's averages of whole weights move by tensorpar.optimizer_state_dict and "
+    "save_checkpoint alone"
 )
 
 
@@ -40,11 +41,13 @@ class OptimizerState:
         state: parameter name to state name to value: a moment, or a scalar.
         groups: the options of each group; `params` holds names.
         by_index: whether the dict that was read is torch's own, with indices for names.
+        of_whole_weights: parameter name to state name to what was set apart.
     """
 
     state: dict[str, dict[str, Any]]
     groups: list[dict[str, Any]]
     by_index: bool
+    of_whole_weights: dict[str, Moments] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -103,7 +106,10 @@ class OptimizerState:
             groups.append({**group, "params": [key[name] for name in group["params"]]})
             if self.by_index:
                 groups[-1]["param_names"] = list(group["params"])
-        state = {key[name]: dict(values) for name, values in self.state.items()}
+        state = {
+            key[name]: {**values, **self.of_whole_weights.get(name, {})}
+            for name, values in self.state.items()
+        }
         return {"state": state, "param_groups": groups}
 
 
@@ -129,7 +135,12 @@ def has_names(state_dict: Mapping[str, Any]) -> bool:
     )
 
 
-def read(state_dict: Mapping[str, Any], names: Iterable[str] | None = None) -> OptimizerState:
+def read(
+    state_dict: Mapping[str, Any],
+    names: Iterable[str] | None = None,
+    *,
+    is_apart: Callable[[str, torch.Tensor], bool] = lambda _name, _value: False,
+) -> OptimizerState:
     """Take an optimizer's state dict apart.
 
     Args:
@@ -137,6 +148,8 @@ def read(state_dict: Mapping[str, Any], names: Iterable[str] | None = None) -> O
             as `torch.distributed.checkpoint.state_dict` makes it.
         names: of the parameters, in the order of the optimizer; for a dict by index without
             `param_names`, which does not tell them.
+        is_apart: whether a state with dims, of the parameter of that name, is no moment but
+            something that no layout and no degree changes.
 
     Raises:
         ValueError: it is no such dict; its names are not known; a state has a shape that is not
@@ -153,6 +166,12 @@ def read(state_dict: Mapping[str, Any], names: Iterable[str] | None = None) -> O
     problems += [f"{key!r} is in no group" for key in given if key not in name_of]
     refuse("the optimizer's state dict cannot be read", problems)
     state = {name_of[key]: dict(values) for key, values in given.items()}
+    apart = {
+        name: {kind: x for kind, x in values.items() if is_moment(x) and is_apart(name, x)}
+        for name, values in state.items()
+    }
+    for name, values in apart.items():
+        state[name] = {kind: x for kind, x in state[name].items() if kind not in values}
     problems = [line for name, values in state.items() for line in _strange(name, values)]
     refuse(CANNOT_FOLLOW, problems)
     rest = iter(known)
@@ -161,7 +180,7 @@ def read(state_dict: Mapping[str, Any], names: Iterable[str] | None = None) -> O
         | {"params": list(islice(rest, len(group["params"])))}
         for group in groups
     ]
-    return OptimizerState(state, named, by_index)
+    return OptimizerState(state, named, by_index, apart)
 
 
 def _halves(state_dict: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[dict[str, Any]]]:

@@ -34,6 +34,7 @@ from tensorpar.problems import refuse
 from tensorpar.recognition import recognise
 from tensorpar.rendezvous import rendezvous
 from tensorpar.replace import translate_functions
+from tensorpar.whole_weights import IsApart, tells_apart
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def optimizer_state_dict(
 
     Args:
         model: the parallel model, or a `DistributedModel` of it.
-        optimizer: over its parameters; each state has its parameter's shape, or no dims.
+        optimizer: over its parameters; each state has its parameter's shape, or no dims, except
+            what Adafactor remembers of rows and columns, which is the same in both layouts.
         layout: of the moments, `"hf"` or `"tensorpar"`.
         gather_to_rank0: only global rank 0 gets it, other ranks an empty dict; one tensor is in
             flight at a time.
@@ -74,7 +76,7 @@ def optimizer_state_dict(
     """
     module = _inside(model)
     _check_layout(module, layout, ("hf", "tensorpar"))
-    own = _own_state(module, optimizer)
+    own = _own_state(module, optimizer, is_apart=tells_apart(module, optimizer))
     rank = rendezvous("optimizer_state_dict", timeout)
     _require_same_state(own)
     keep = not gather_to_rank0 or rank == 0
@@ -83,7 +85,11 @@ def optimizer_state_dict(
         return {}
     for held in state.values():
         held.update({kind: x.clone() for kind, x in held.items() if _is_scalar_tensor(x)})
-    full = replace(own, state=state, groups=copy.deepcopy(own.groups))
+    apart = {
+        name: {kind: x.cpu().clone() for kind, x in held.items()}
+        for name, held in own.of_whole_weights.items()
+    }
+    full = replace(own, state=state, groups=copy.deepcopy(own.groups), of_whole_weights=apart)
     if layout == "hf":
         full = full.changed(lambda moments: _contiguous(hf_layout(module, moments)))
     return full.state_dict()
@@ -140,7 +146,8 @@ def load_optimizer_state_dict(
     """
     module = _inside(model)
     parameters = _parameters(module, optimizer)
-    given = read(state_dict, None if has_names(state_dict) else list(parameters))
+    names = None if has_names(state_dict) else list(parameters)
+    given = read(state_dict, names, is_apart=tells_apart(module, optimizer))
     given.require_plain()
     given = _under_own_names(module, given)
     groups = _matched_groups(optimizer, parameters, given)
@@ -155,6 +162,8 @@ def load_optimizer_state_dict(
         index[name]: {kind: _placed(x, parameters[name]) for kind, x in held.items()}
         for name, held in given.state.items()
     }
+    for name, apart in given.of_whole_weights.items():
+        state[index[name]] |= {kind: x.clone() for kind, x in apart.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -175,7 +184,7 @@ def _parameters(module: nn.Module, optimizer: Optimizer) -> Parameters:
     return {names[id(parameter)]: parameter for parameter in held}
 
 
-def _own_state(module: nn.Module, optimizer: Optimizer) -> OptimizerState:
+def _own_state(module: nn.Module, optimizer: Optimizer, **options: IsApart) -> OptimizerState:
     """The optimizer's state as it is; its moments are DTensors."""
     parameters = _parameters(module, optimizer)
     held = optimizer.state_dict()
@@ -183,16 +192,16 @@ def _own_state(module: nn.Module, optimizer: Optimizer) -> OptimizerState:
         {key: value for key, value in group.items() if key != "param_names"}
         for group in held["param_groups"]
     ]
-    own = read({"state": held["state"], "param_groups": groups}, parameters)
+    own = read({"state": held["state"], "param_groups": groups}, parameters, **options)
     _check_moments(module, parameters, own, "tensorpar")
     return own
 
 
 def _require_same_state(own: OptimizerState) -> None:
     """What ranks hold decides what they gather; if it differed they would wait for each other."""
-    facts: dict[str, object] = {"groups": [group["params"] for group in own.groups]}
-    for name, held in own.state.items():
-        facts[name] = {
+    facts: dict[str, Any] = {"groups": [group["params"] for group in own.groups]}
+    for name, held in [*own.state.items(), *own.of_whole_weights.items()]:
+        facts[name] = facts.get(name, {}) | {
             kind: f"{x.dtype}{list(x.shape)}" if isinstance(x, torch.Tensor) else x
             for kind, x in held.items()
         }
@@ -217,7 +226,8 @@ def _under_own_names(module: nn.Module, given: OptimizerState) -> OptimizerState
         for group in given.groups
     ]
     state = {own.get(name, name): held for name, held in given.state.items()}
-    return replace(given, state=state, groups=groups)
+    apart = {own.get(name, name): held for name, held in given.of_whole_weights.items()}
+    return replace(given, state=state, groups=groups, of_whole_weights=apart)
 
 
 def _matched_groups(
@@ -271,13 +281,20 @@ def _check_moments(
 ) -> None:
     """Raise ValueError listing every moment that does not have its parameter's shape."""
     shapes = {name: torch.empty(p.shape, device="meta") for name, p in parameters.items()}
+    theirs = hf_layout(module, shapes)
     if layout == "hf":
-        shapes = hf_layout(module, shapes)
+        shapes = theirs
     problems = [
         f"{kind} of {name} has shape {tuple(moment.shape)}, required {tuple(shapes[name].shape)}"
         for kind, moments in given.moments().items()
         for name, moment in moments.items()
         if moment.shape != shapes[name].shape
+    ]
+    problems += [
+        f"{kind} of {name} has shape {list(x.shape)}, required: of 1 and {list(theirs[name].shape)}"
+        for name, apart in given.of_whole_weights.items()
+        for kind, x in apart.items()
+        if not set(x.shape) <= {1, *theirs[name].shape}
     ]
     refuse(CANNOT_FOLLOW, problems)
 

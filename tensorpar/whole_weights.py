@@ -26,11 +26,12 @@ from torch.optim.optimizer import (
 )
 
 from tensorpar.agreement import require_agreement
-from tensorpar.gathering import own_part, whole
+from tensorpar.gathering import hf_layout, own_part, whole
 from tensorpar.parameters import stored_parameters
 from tensorpar.styles import Layout
 
 Optimizer = torch.optim.Optimizer
+IsApart = Callable[[str, torch.Tensor], bool]
 
 #: by the name of their class, or of one that it derives from: torch's, Transformers' and others'.
 CLASSES = {"Adafactor", "Muon"}
@@ -42,6 +43,28 @@ _hidden: WeakKeyDictionary[Optimizer, list[tuple[nn.Parameter, torch.Tensor]]] =
 def remember(model: nn.Module) -> None:
     """Know the layouts of a parallel model when an optimizer steps; it may be a copy of another."""
     _models.add(model)
+
+
+def looks_at_whole_weights(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's steps, and what it remembers, are of whole weights."""
+    return bool(CLASSES & {cls.__name__ for cls in type(optimizer).__mro__})
+
+
+def tells_apart(model: nn.Module, optimizer: Optimizer) -> IsApart:
+    """Which states of a parameter, by its name, are of the whole weight and not of its shape.
+
+    They are one process's at any degree, in Hugging Face's layout and in tensorpar's.
+    """
+    if not looks_at_whole_weights(optimizer):
+        return lambda _name, _value: False
+    every = stored_parameters(model, remove_duplicate=False)
+    ours = {name: torch.empty(p.shape, device="meta") for name, p in every}
+    theirs = hf_layout(model, ours)
+
+    def is_apart(name: str, value: torch.Tensor) -> bool:
+        return name in ours and value.shape not in (ours[name].shape, theirs[name].shape)
+
+    return is_apart
 
 
 @dataclass(frozen=True)
@@ -99,7 +122,7 @@ def _step_on_whole_weights(
     That is after all other pre-hooks, which may clip gradients, and after the gradients of a
     closure of the user's; what follows in the optimizer's step finds no gradient left.
     """
-    if not CLASSES & {cls.__name__ for cls in type(optimizer).__mro__}:
+    if not looks_at_whole_weights(optimizer):
         return None
     if not any(isinstance(p, DTensor) for _, p in _parameters(optimizer)):
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -27,6 +28,10 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "amsgrad": lambda groups: torch.optim.AdamW(groups, **ADAMW, amsgrad=True),
     "fused": lambda groups: torch.optim.AdamW(groups, **ADAMW, fused=True),
     "foreach": lambda groups: torch.optim.AdamW(groups, **ADAMW, foreach=True),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, eps=(1e-5, 1e-3)),
+    "Transformers' Adafactor": lambda groups: transformers.optimization.Adafactor(
+        groups, lr=1e-2, eps=(1e-8, 1e-3), beta1=0.9, relative_step=False
+    ),
     "momentum": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
 }
 
@@ -115,7 +120,9 @@ def test_moments_travel_with_every_family(ranks, family):
     travelled(ranks, family, "amsgrad")
 
 
-@pytest.mark.parametrize("kind", ["fused", "foreach", "momentum"])
+@pytest.mark.parametrize(
+    "kind", ["fused", "foreach", "momentum", "Adafactor", "Transformers' Adafactor"]
+)
 def test_moments_travel_with_every_kernel(ranks, kind):
     """Stock fused and foreach AdamW, and SGD with momentum."""
     travelled(ranks, "gpt2", kind)

@@ -67,10 +67,11 @@ def told_what_does_not_fit() -> dict[str, str]:
     )
     foreign = torch.optim.SGD(nn.Linear(2, 3).parameters())
     told["foreign"] = refusal(lambda: tensorpar.optimizer_state_dict(model, foreign))
-    factored = torch.optim.Adafactor([weight := model.transformer.wte.weight])
-    weight.grad = torch.ones_like(weight)
-    factored.step()
-    told["Adafactor"] = refusal(lambda: tensorpar.optimizer_state_dict(model, factored))
+    weight = model.transformer.wte.weight
+    for factored in (torch.optim.SGD([weight]), torch.optim.Adafactor([weight])):
+        factored.state[weight] = {"row_var": torch.zeros(97, 1), "col_var": torch.zeros(1, 41)}
+        name = type(factored).__name__
+        told[name] = refusal(lambda own=factored: tensorpar.optimizer_state_dict(model, own))
     return told
 
 
@@ -93,7 +94,8 @@ def test_what_does_not_fit_is_refused(ranks):
     assert f"exp_avg of {qkv} has shape (40, 120), required (3, 5, 8, 40)" in told["tensorpar"]
     assert "layout = 'auto', required: one of ('hf', 'tensorpar')" in told["gathered layout"]
     assert "2 parameters that are not the GPT2LMHeadModel's" in told["foreign"]
-    assert "transformer.wte.weight has states of shapes {'row_var'" in told["Adafactor"]
+    assert "transformer.wte.weight has states of shapes {'row_var'" in told["SGD"]
+    assert "col_var of transformer.wte.weight has shape [1, 41], required" in told["Adafactor"]
 
 
 def unlike_optimizers() -> tuple[str, str]:
