@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from tensorpar.config import PLACEMENTS, Config
@@ -26,10 +26,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class World:
-    """What `init` made: the configuration and the mesh with axes `("dp", "tp")`."""
+    """What `init` made: the configuration and the mesh with axes `("dp", "tp")`.
+
+    Attributes:
+        config: as it was given.
+        mesh: of all ranks.
+        timeout: how long a collective of a group that tensorpar makes waits for a rank.
+    """
 
     config: Config
     mesh: DeviceMesh
+    timeout: timedelta
 
 
 _world: World | None = None
@@ -51,7 +58,8 @@ def init(
         config: a dict with the keys of `Config`, as scripts written for smdistributed pass it.
         tensor_parallel_degree: the short form; tensor-parallel ranks are then fed the same batch.
         device_type: `"cpu"` or `"cuda"`; by default cuda where there is one.
-        timeout: how long a collective waits for a rank before it fails.
+        timeout: how long a collective waits for a rank before it fails; those over the whole world
+            wait as long as its process group does, if that is initialised already.
 
     Raises:
         ValueError: a key, type or value is wrong, the world size is not a multiple of the degree,
@@ -65,7 +73,7 @@ def init(
     if not dist.is_initialized():
         _start_process_group(device_type, timeout)
     _check_world_size(chosen, dist.get_world_size())
-    _world = World(chosen, _make_mesh(chosen, device_type))
+    _world = World(chosen, _make_mesh(chosen, device_type, timeout), timeout)
 
 
 def shutdown() -> None:
@@ -156,10 +164,22 @@ def _require_a_store_for_each_life() -> None:
         )
 
 
-def _make_mesh(config: Config, device_type: str) -> DeviceMesh:
+def _make_mesh(config: Config, device_type: str, timeout: timedelta) -> DeviceMesh:
     tp = config.tensor_parallel_degree
-    dp = dist.get_world_size() // tp
+    ranks = torch.arange(dist.get_world_size())
     if PLACEMENTS[config.placement_strategy]:
-        return init_device_mesh(device_type, (dp, tp), mesh_dim_names=("dp", "tp"))
-    ranks = torch.arange(dp * tp).reshape(tp, dp).T.contiguous()
-    return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))
+        ranks = ranks.view(-1, tp)
+    else:
+        ranks = ranks.view(tp, -1).T.contiguous()
+    # groups that a mesh makes by itself wait for half an hour, whatever the world's timeout is
+    groups = [_own_group(ranks.T, timeout), _own_group(ranks, timeout)]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("dp", "tp"))
+
+
+def _own_group(peers: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's of the groups in the rows of `peers`; collective over the world."""
+    if len(peers) == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    own, _ = dist.new_subgroups_by_enumeration(peers.tolist(), timeout=timeout)
+    return own

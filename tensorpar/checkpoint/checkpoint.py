@@ -22,7 +22,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from tensorpar import ranks
+from tensorpar import mesh, ranks
 from tensorpar.checkpoint.folder import CheckpointFolder
 from tensorpar.checkpoint.state import COMMON, PACKAGES, Stateful, TrainingState, unpacked
 from tensorpar.gathering import TIMEOUT
@@ -248,7 +248,7 @@ def _background_group() -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     if world not in _background_groups:
-        _background_groups[world] = dist.new_group(backend="gloo")
+        _background_groups[world] = dist.new_group(backend="gloo", timeout=mesh.world().timeout)
     return _background_groups[world]
 
 
