@@ -14,6 +14,7 @@ FOLDER/final. Each FAULT strikes once, when those before it have; FOLDER remembe
     disk      the last rank's disk is full during a save
     agent     after the last step torchrun is killed, its ranks are left alone
     node      after the last step the first node, torchrun and ranks, is gone
+    sigterm   the last rank is told to go; all save and leave
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ from tests.small_disk import small_disk_in
 
 STEPS = 4
 TIMEOUT = timedelta(seconds=60)
+#: in a life in which a rank will stop answering, for those who watch.
+SHORT_TIMEOUT = timedelta(seconds=8)
 #: how many steps have been taken when a fault strikes.
-AT = {"step": 2, "stop": 2, "save": 2, "disk": 2, "agent": STEPS, "node": STEPS}
+AT = {"step": 2, "stop": 2, "save": 2, "disk": 2, "sigterm": 2, "agent": STEPS, "node": STEPS}
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,12 @@ def train(folder: Path, faults: Faults) -> None:
     resumed = tensorpar.load_checkpoint(place, **parts)
     start = 0 if resumed is None else resumed.step
     note(folder, start=start, node=node(), dp=tensorpar.dp_rank(), tp=tensorpar.tp_rank())
-    for step in range(start, STEPS):
-        note(folder, step=step, loss=one_step(parts, step, faults))
-        save(place, step + 1, parts, faults)
+    with tensorpar.preemption() as preempted:
+        for step in range(start, STEPS):
+            note(folder, step=step, loss=one_step(parts, step, faults))
+            save(place, step + 1, parts, faults)
+            if preempted():
+                return
     inner.save_pretrained(folder / "final")
     if faults.is_next("agent", STEPS) or faults.is_next("node", STEPS):
         end_the_first_node(faults)
@@ -111,12 +117,15 @@ def train(folder: Path, faults: Faults) -> None:
 
 def one_step(parts: dict[str, Any], step: int, faults: Faults) -> float:
     """Returns the loss of this data-parallel rank's rows."""
+    note(faults.folder, begun=step)
     rows = batch(step).chunk(tensorpar.dp_size())[tensorpar.dp_rank()]
     loss = parts["model"](input_ids=rows, labels=rows).loss
     if faults.is_next("step", step) and is_last():
         end_this_process(faults, "step")
     if faults.is_next("stop", step) and is_last():
         end_this_process(faults, "stop", signal.SIGSTOP)
+    if faults.is_next("sigterm", step) and is_last():
+        end_this_process(faults, "sigterm", signal.SIGTERM)
     loss.backward()
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
@@ -134,6 +143,7 @@ def save(place: str, step: int, parts: dict[str, Any], faults: Faults) -> None:
     try:
         with full:
             tensorpar.save_checkpoint(place, step, **parts, timeout=TIMEOUT)
+        note(faults.folder, saved=step)
     except CheckpointException as error:
         note(faults.folder, step=step, not_saved=str(error))
         logging.warning("the checkpoint of step %d was not written: %s", step, error)
@@ -188,8 +198,10 @@ def note(folder: Path, **facts: Any) -> None:
 def main() -> None:
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     folder.mkdir(parents=True, exist_ok=True)
-    tensorpar.init(tensor_parallel_degree=2, timeout=TIMEOUT)
-    train(folder, Faults(folder, names))
+    faults = Faults(folder, names)
+    timeout = SHORT_TIMEOUT if faults.is_next("stop") else TIMEOUT
+    tensorpar.init(tensor_parallel_degree=2, timeout=timeout)
+    train(folder, faults)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from tests.conformance.families import BEHIND_FLOAT32
 from tests.conformance.gpt2 import default_dtype, require_close
+from tests.examples.fault_table import Lines, stated, steps_lost, told_by
 from tests.examples.faulty_training import AT, STEPS, batch, build, optimizer_of
-from tests.examples.test_faults import undisturbed
+from tests.examples.test_faults import require_same_end, undisturbed
 from tests.two_nodes import two_nodes
 
 
@@ -43,10 +44,9 @@ class Disturbed:
     codes: list[int]
     output: list[str]
 
-    def told(self) -> list[list[dict[str, Any]]]:
+    def told(self) -> list[Lines]:
         """What each of the four ranks has noted, in all its lives."""
-        files = [self.folder / f"rank-{rank}.jsonl" for rank in range(4)]
-        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        return [told_by(self.folder, rank) for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,19 @@ def test_two_nodes_train_as_one_process(disturbed, record_property):
 def test_the_end_is_that_of_an_undisturbed_run(ranks, disturbed, tmp_path):
     """Bit for bit: what a rank's death has undone is done again, the same."""
     ranks(4, tensor_parallel_degree=2).run(undisturbed, str(tmp_path))
-    runs = (disturbed.folder, tmp_path)
-    ours, reference = (load_file(run / "final/model.safetensors") for run in runs)
-    assert ours.keys() == reference.keys()
-    assert all(ours[name].equal(x) for name, x in reference.items())
+    require_same_end(disturbed.folder, tmp_path)
+
+
+def test_steps_lost(ranks, disturbed, tmp_path):
+    """As the README's table says; the run is started again once its node is gone."""
+    folder = shutil.copytree(disturbed.folder, tmp_path / "again")
+    ranks(4, tensor_parallel_degree=2).run(undisturbed, str(folder))
+    require_same_end(folder, disturbed.folder)
+    for rank in range(4):
+        lost = zip(("step", "node"), steps_lost(told_by(folder, rank)), strict=True)
+        for name, (steps, damaged) in lost:
+            assert damaged == 0
+            assert steps == stated()[name, "tests/examples/test_two_nodes.py"]
 
 
 def test_the_others_end_when_a_node_is_gone(disturbed):
