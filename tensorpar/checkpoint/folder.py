@@ -37,6 +37,8 @@ class CheckpointFolder:
         self._files, root = fsspec.url_to_fs(path)
         self._root = PurePosixPath(root)
         self._is_local = isinstance(self._files, LocalFileSystem)
+        # fsspec remembers listings of object stores, and other processes write there too
+        self._files.invalidate_cache()
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, oldest first."""
@@ -66,12 +68,16 @@ class CheckpointFolder:
         return reader
 
     def prepare(self, step: int) -> None:
-        """Remove what a save of the same step, or one that was interrupted, has left; one rank."""
+        """Remove what saves that were interrupted have left; one rank.
+
+        On object stores also the checkpoint of the same step, which is written in its place.
+        """
         self._files.makedirs(str(self._root), exist_ok=True)
+        complete = {self._final(one) for one in self.steps() if self._is_local or one != step}
         for name in self._files.ls(str(self._root), detail=False):
             own = PurePosixPath(name).name
-            if own.startswith(".step-") or own == self._final(step):
-                self._files.rm(name, recursive=True)
+            if _NAME.fullmatch(own.removeprefix(".")) and own not in complete:
+                self._remove(own)
         self._files.makedirs(str(self._root / self._aside(step)), exist_ok=True)
 
     def complete(self, step: int, keep: int | None) -> None:
@@ -82,16 +88,22 @@ class CheckpointFolder:
         if self._is_local:
             for name in [*self._files.ls(str(aside), detail=False), str(aside)]:
                 sync(name)
+            self._remove(self._final(step))
             Path(aside).rename(self._root / self._final(step))
             sync(str(self._root))
         for old in self.steps()[:-keep] if keep else []:
-            self._files.rm(str(self._root / self._final(old)), recursive=True)
+            self._remove(self._final(old))
 
     def abandon(self, step: int) -> None:
         """Remove what was written of a checkpoint that cannot be completed."""
-        place = str(self._root / self._aside(step))
-        if self._files.exists(place):
-            self._files.rm(place, recursive=True)
+        self._remove(self._aside(step))
+
+    def _remove(self, name: str) -> None:
+        """First what makes it a checkpoint, so that one half removed is none."""
+        place = self._root / name
+        for each in (str(place / _COMPLETE), str(place)):
+            if self._files.exists(each):
+                self._files.rm(each, recursive=True)
 
     def _final(self, step: int) -> str:
         return f"step-{step:09d}"
