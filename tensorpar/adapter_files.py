@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tensorpar.files.uploading import push_together
 from tensorpar.gathering import TIMEOUT, hf_layout, placed_as, tensorpar_layout, whole_tensors
 from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.rendezvous import rendezvous
@@ -62,6 +64,15 @@ class SavesAdapters(OwnMethods):
                 save_directory, state_dict=state_dict, **kwargs
             )
         dist.barrier()
+
+    def push_to_hub(self: Any, *args: Any, timeout: timedelta = TIMEOUT, **kwargs: Any) -> Any:
+        """`PeftModel.push_to_hub`: collective until all have saved; rank 0 uploads and returns it.
+
+        Raises:
+            TimeoutError: a rank does not make this call in time; on all ranks that do.
+        """
+        push = partial(super().push_to_hub, *args, **kwargs)  # type: ignore[misc]
+        return push_together(self, push, timeout=timeout)
 
 
 def _adapter_tensors(model: Any, *, embeddings: bool | str) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
 from tensorpar.files.replacing import replacing
+from tensorpar.files.uploading import push_together
 from tensorpar.files.writing import write_weights
 from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
@@ -84,6 +85,33 @@ class SavesItself(OwnMethods):
         else:
             collector.serve()
 
+    def push_to_hub(
+        self: Any,
+        repo_id: str,
+        *,
+        timeout: timedelta = TIMEOUT,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> Any:
+        """Upload an ordinary Hugging Face folder; collective over all ranks, uploaded by rank 0.
+
+        Args:
+            self: the parallel model.
+            repo_id: the repository.
+            timeout: how long to wait for the last rank to call this.
+            max_shard_size: of a file of weights.
+            kwargs: as for `PreTrainedModel.push_to_hub`: `private`, `token`, `revision`, ...
+
+        Returns:
+            On rank 0 what huggingface_hub says of the commit; None on the others, which do not wait
+            for the upload.
+
+        Raises:
+            TimeoutError: a rank does not make this call in time; on all ranks that do.
+        """
+        push = partial(super().push_to_hub, repo_id, max_shard_size=max_shard_size, **kwargs)  # type: ignore[misc]
+        return push_together(self, push, timeout=timeout, max_shard_size=max_shard_size)
+
 
 def _refuse(kwargs: dict[str, Any]) -> None:
     if refused := sorted({"state_dict", "is_main_process"} & set(kwargs)):
@@ -92,8 +120,8 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         )
     if kwargs.get("push_to_hub"):
         raise ValueError(
-            "push_to_hub = True, required: False; save, and then on rank 0 call "
-            "huggingface_hub.upload_folder(folder_path=..., repo_id=...)"
+            "push_to_hub = True, required: False; save, and then on every rank call "
+            "model.push_to_hub(repo_id), or on one of them huggingface_hub.upload_folder"
         )
     if kwargs.get("distributed_checkpoint"):
         raise ValueError(

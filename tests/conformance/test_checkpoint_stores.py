@@ -59,8 +59,17 @@ class Store(DirFileSystem):
         super().mv(path1, path2, **kwargs)
 
     def open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
-        self.invalidate_cache()
+        if "r" not in mode:
+            self.invalidate_cache()
         return super().open(path, mode, *args, **kwargs)
+
+    def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
+        self.invalidate_cache()
+        super().pipe_file(path, value, **kwargs)
+
+    def makedirs(self, path: str, *args: Any, **kwargs: Any) -> None:
+        self.invalidate_cache()
+        super().makedirs(path, *args, **kwargs)
 
     def rm(self, path: str, *args: Any, **kwargs: Any) -> None:
         self.invalidate_cache()
