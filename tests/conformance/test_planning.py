@@ -14,7 +14,11 @@ from tensorpar.planning.wanted import Wanted
 from tests.conformance.families import CASES, CAUSAL, tiny_config
 from tests.conformance.test_communication import MASKED
 
-DATA_PARALLEL = {"fsdp": "gpt2", "replicate": "bert"}
+#: the family, and whether ranks that share a model split the sequence too.
+DATA_PARALLEL = {
+    "fsdp": [("gpt2", False), ("gptj", True)],
+    "replicate": [("bert", False), ("gpt2", True)],
+}
 
 
 def wanted(family: str, **changes: Any) -> Wanted:
@@ -95,8 +99,9 @@ def test_a_plan_of_a_split_sequence(ranks, family):
 
 @pytest.mark.parametrize("kind", sorted(DATA_PARALLEL))
 def test_a_plan_of_data_parallel_copies(ranks, kind):
-    """Two copies of two ranks."""
-    job = wanted(DATA_PARALLEL[kind], tp=2, dp=2, data_parallel=kind)
-    plan, real = planned(job), ranks(4, tensor_parallel_degree=2).run(really, job)
-    require_planned(plan, real)
-    require_peak(plan, real)
+    """Two copies of two ranks, each with the sequence whole or split between them."""
+    for family, split in DATA_PARALLEL[kind]:
+        job = wanted(family, tp=2, dp=2, data_parallel=kind, sequence_parallel=split)
+        plan, real = planned(job), ranks(4, tensor_parallel_degree=2).run(really, job)
+        require_planned(plan, real)
+        require_peak(plan, real)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,6 +186,14 @@ def models_push(kept: str, parallel: bool) -> Hub:
     return hub
 
 
+def content(file: Path) -> Any:
+    """The bytes; of peft's config what it says, since it writes a set as it comes."""
+    if file.name != "adapter_config.json":
+        return file.read_bytes()
+    said = json.loads(file.read_text())
+    return {**said, "target_modules": sorted(said["target_modules"])}
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_a_model_is_pushed_whole(ranks, tmp_path):
     """`model.push_to_hub` on every rank: one upload, of the files and bytes of one process."""
@@ -198,4 +207,4 @@ def test_a_model_is_pushed_whole(ranks, tmp_path):
         assert (sum(name.endswith(".safetensors") for name in names) > 1) == (number == 0), said
         for name in names:
             ours, theirs = (hub.kept / str(number) / name for hub in (first, reference))
-            assert ours.read_bytes() == theirs.read_bytes()
+            assert content(ours) == content(theirs), name
