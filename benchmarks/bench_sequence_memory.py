@@ -2,8 +2,9 @@
 
 `tensor_parallelism(sequence_parallel=True)` keeps each rank's rows of what is the same on all ranks
 otherwise: the residual stream, what norms read, and dropout's masks. Counted are the storages that
-autograd saves in one forward, parameters left out, on rank 0: bytes, which repeat exactly, and not
-the peak of a process, which does not.
+autograd saves in one forward, what lasts anyway left out, on rank 0: bytes, which repeat exactly, and not
+the peak of a process, which does not. Nothing is printed unless the losses are equal, the split
+sequence takes less than the whole one, and all are what `tensorpar plan` says, to the byte.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from contest import Contestant, Seat, record, require_equal
 from models import FAMILIES, Shape
 
 from tensorpar.planning.counting import Kept
+from tensorpar.planning.step import planned
+from tensorpar.planning.wanted import Wanted
 
 MAX_LOSS_DIFFERENCE = 1e-3
 MIB = 1 << 20
@@ -59,9 +62,27 @@ def measured(shape: Shape) -> dict[str, int]:
         ):
             _, (loss, saved[name]) = contestant.turn()
             losses[name] = [loss]
+        job = Wanted(
+            shape.config(),
+            FAMILIES[shape.family][1],
+            tp=ranks,
+            batch=shape.batch,
+            sequence=shape.sequence,
+            sequence_parallel=split,
+        )
+        require(f"{shape.family}, {name}, bytes", saved[name], planned(job).activations)
     if not shape.dropout:  # masks differ between degrees
         require_equal(losses, MAX_LOSS_DIFFERENCE)
+    for ranks in (2, 4):
+        whole, split = saved[f"{ranks} ranks, whole"], saved[f"{ranks} ranks, split"]
+        require(f"{shape.family}, {ranks} ranks, bytes saved", whole > split, True)
     return saved
+
+
+def require(name: str, found: Any, expected: Any) -> None:
+    """Exit unless they are the same."""
+    if found != expected:
+        raise SystemExit(f"{name} = {found}, required: {expected}")
 
 
 def watched_forward(shape: Shape, split: bool, seat: Seat) -> Callable[[], tuple[float, int]]:
@@ -77,7 +98,8 @@ def watched_forward(shape: Shape, split: bool, seat: Seat) -> Callable[[], tuple
         torch.manual_seed(1)
         with Kept() as kept:
             loss = model(input_ids=tokens, labels=tokens).loss
-        return loss.item(), kept.num_bytes(apart_from=model.parameters())
+        lasting = [*model.parameters(), *model.buffers(), tokens]
+        return loss.item(), kept.num_bytes(apart_from=lasting)
 
     return watched
 

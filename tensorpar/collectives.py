@@ -118,7 +118,8 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
         ctx.dim, ctx.size, ctx.mesh = dim, x.shape[dim], mesh
-        return local_shard(x, mesh, dim).contiguous()
+        # a copy, though a chunk of one row is contiguous: a view would keep all of `x` for backward
+        return local_shard(x, mesh, dim).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

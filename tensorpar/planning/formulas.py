@@ -7,6 +7,7 @@ hand, so that a reader can check one against the other. With
     L   layers      h  width            A = c(heads) * head_dim, attention features of this rank
     V   vocabulary  P  positions        I = c(inner), MLP features of this rank
     b   rows        s  tokens a row     N = b * s tokens     e  bytes of an element
+    n   tokens of the residual stream on this rank: N, or b c(s) where the sequence is split
 
 | term | GPT-2 | GPT-J |
 |---|---|---|
@@ -23,6 +24,10 @@ hand, so that a reader can check one against the other. With
 | all-reduce backward | `2L + 1` of `N h e` bytes | `L + 1` |
 | all-reduce loss | `4N + 2 * 4N` bytes in two calls | |
 | all-reduce batch check | 16 bytes in one call | |
+| sequence parallel: all-gather, forward and backward each | `2L + 1` of `t n h e` | `L + 1` |
+| sequence parallel: reduce-scatter, forward and backward each | `2L` of `t n h e` | `L` |
+| sequence parallel: all-reduce forward | 1 of `N h e` | the same |
+| sequence parallel: all-reduce backward | `L + 2` of `(N + 6L + 2) h e` in all | `3L` for `6L` |
 | replicate, all-reduce data parallel | the gradients, once | |
 
 The counts of parameters and products are those of Narayanan et al., "Efficient large-scale
@@ -36,8 +41,8 @@ keeps q, k, v, its output and one number a query and head in place of their `5 b
 
 | per layer | elements |
 |---|---|
-| input and output of each norm (GPT-2 two norms, GPT-J one) | `2 N h` per norm |
-| mean and deviation of each norm | `2 N` per norm, float32 |
+| input and output of each norm (GPT-2 two norms, GPT-J one) | `(n + N) h` per norm |
+| mean and deviation of each norm | `2 n` per norm, float32 |
 | attention: q, k, v and the output | `4 N A`; GPT-2 `6 N A` |
 | attention: log-sum-exp | `N c(heads)`, float32 |
 | MLP: input of the GELU, its three intermediate results, its output | `5 N I` |
@@ -48,7 +53,7 @@ the fused product that q is a view of is kept whole.
 
 | once | elements |
 |---|---|
-| input, output, mean and deviation of the last norm | `2 N h`, and `2 N` float32 |
+| input, output, mean and deviation of the last norm | `(n + N) h`, and `2 n` float32 |
 | logits of this rank | `N c(V)` |
 | loss | three float32, one int64, two bool a token, and 8 bytes |
 | embedding | `N` int64 and `N` bool, which rows are another rank's |
@@ -81,6 +86,7 @@ class Sizes:
     P: int
     b: int
     s: int
+    n: int
     e: int
     rotary: int
     is_gptj: bool
@@ -113,6 +119,8 @@ class Sizes:
             P=config.n_positions,
             b=wanted.batch,
             s=wanted.sequence,
+            n=wanted.batch
+            * (share(wanted.sequence) if wanted.sequence_parallel else wanted.sequence),
             e=wanted.dtype.itemsize,
             rotary=getattr(config, "rotary_dim", 0),
             is_gptj=wanted.head.startswith("GPTJ"),
@@ -153,26 +161,37 @@ def sent(z: Sizes) -> Mapping[str, Sent]:
     """Collectives of tensor parallelism, by kind."""
     if z.t == 1:
         return {}
-    calls = (1 if z.is_gptj else 2) * z.L + 1
-    activations = Sent(calls, calls * z.N * z.h * z.e)
-    return {
+    regions = (1 if z.is_gptj else 2) * z.L
+    activations = Sent(regions + 1, (regions + 1) * z.N * z.h * z.e)
+    found = {
         "all-reduce backward": activations,
         "all-reduce batch check": Sent(1, 2 * _INT64),
         "all-reduce forward": activations,
         "all-reduce loss": Sent(2, 3 * z.N * _FLOAT32),
     }
+    if z.n == z.N:
+        return found
+    found["all-reduce forward"] = Sent(1, z.N * z.h * z.e)
+    # of the head's input; and gradients of norms and biases, to which each rank adds its rows'
+    common = (3 if z.is_gptj else 6) * z.L + 2
+    found["all-reduce backward"] = Sent(z.L + 2, (z.N + common) * z.h * z.e)
+    chunks = z.t * z.n * z.h * z.e
+    for phase in ("forward", "backward"):
+        found[f"all-gather {phase}"] = Sent(regions + 1, (regions + 1) * chunks)
+        found[f"reduce-scatter {phase}"] = Sent(regions, regions * chunks)
+    return found
 
 
 def activations(z: Sizes) -> int:
     """Bytes kept for backward, in float32, without dropout or recomputation."""
     norms = 1 if z.is_gptj else 2
-    layer = norms * (2 * z.N * z.h * z.e + 2 * z.N * _FLOAT32)
+    norm = (z.n + z.N) * z.h * z.e + 2 * z.n * _FLOAT32
+    layer = norms * norm
     layer += (4 if z.is_gptj else 6) * z.N * z.A * z.e + z.N * z.heads * _FLOAT32
     layer += 5 * z.N * z.inner * z.e
-    last = 2 * z.N * z.h * z.e + 2 * z.N * _FLOAT32
     loss = z.N * z.V * z.e + z.N * (3 * _FLOAT32 + _INT64 + 2) + _INT64
     embedding = z.N * (_INT64 + 1)
     if z.is_gptj:
         layer += 4 * z.s * z.rotary * z.e
-        return z.L * layer + last + loss + embedding + z.b * z.s * z.s * z.e
-    return z.L * layer + last + loss + embedding + z.s * _INT64
+        return z.L * layer + norm + loss + embedding + z.b * z.s * z.s * z.e
+    return z.L * layer + norm + loss + embedding + z.s * _INT64
