@@ -2,9 +2,9 @@
 
 `tensor_parallelism(sequence_parallel=True)` keeps each rank's rows of what is the same on all ranks
 otherwise: the residual stream, what norms read, and dropout's masks. Counted are the storages that
-autograd saves in one forward, what lasts anyway left out, on rank 0: bytes, which repeat exactly, and not
-the peak of a process, which does not. Nothing is printed unless the losses are equal, the split
-sequence takes less than the whole one, and all are what `tensorpar plan` says, to the byte.
+autograd saves in one forward, what lasts anyway left out, on rank 0: bytes, which repeat exactly,
+and not the peak of a process, which does not. Nothing is printed unless the losses are equal, the
+split sequence takes less than the whole one, and all are what `tensorpar plan` says, to the byte.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def on_all_ranks(value: T) -> list[T]:
     return values
 
 
-def main() -> None:
+def options(words: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(
         description="Train GPT-2, under torchrun on as many ranks as it starts."
     )
@@ -211,13 +211,18 @@ def main() -> None:
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--checkpoints", help="folder or URL of checkpoints, to resume from")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each rank")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if not dist.is_torchelastic_launched() and (
         args.tp > 1 or args.checkpoints or args.sequence_parallel
     ):
         parser.error(
             "--tp, --checkpoints and --sequence-parallel need torchrun --nproc-per-node ..."
         )
+    return args
+
+
+def main() -> None:
+    args = options()
     logging.set_verbosity_error()  # Transformers says at each run which loss GPT-2 has
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)

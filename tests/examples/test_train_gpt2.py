@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 3
 
 
-def losses(folder: str, degree: int, kind: str, dtype: str) -> list[float]:
+def losses(folder: str, degree: int, *given: str) -> list[float]:
     """Of every step of the script's own training, from where the folder's checkpoints stand."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
@@ -26,16 +27,10 @@ def losses(folder: str, degree: int, kind: str, dtype: str) -> list[float]:
         if degree > 1:
             patch.setenv("TORCHELASTIC_RUN_ID", "a test")  # as torchrun does
         ids = torch.randint(97, (1000,), generator=torch.Generator().manual_seed(0))
-        args = Namespace(
-            name="test",
-            tp=degree,
-            data_parallel=kind,
-            dtype=dtype,
-            gradient_checkpointing=True,
-            sequence_parallel=True,
-            checkpoints=folder,
-            steps=STEPS,
-        )
+        words = [*given, "--name=test", f"--steps={STEPS}", "--gradient-checkpointing"]
+        if degree > 1:
+            words += [f"--tp={degree}", "--sequence-parallel", f"--checkpoints={folder}"]
+        args = train_gpt2.options(words)
         model = train_gpt2.build_model(97, args)
         found, _, held_out = train_gpt2.fit(model, ids, ids[:128].view(1, 128), args)
         if degree > 1:
@@ -47,15 +42,42 @@ def losses(folder: str, degree: int, kind: str, dtype: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "tolerance"), [("fsdp", "float32", 1e-4), ("replicate", "bfloat16", 0.05)]
+    ("given", "tolerance"),
+    [
+        (["--data-parallel=fsdp"], 1e-4),
+        (["--data-parallel=replicate", "--dtype=bfloat16"], 0.05),
+    ],
 )
-def test_options_change_no_loss(ranks, tmp_path, kind, dtype, tolerance):
+def test_options_change_no_loss(ranks, tmp_path, given, tolerance):
     """On 2 x 2 ranks as in one process; a run that was stopped continues bit for bit."""
-    (reference,) = ranks(1).run(losses, "", 1, kind, dtype)
+    (reference,) = ranks(1).run(losses, "", 1, *given)
     assert len(reference) == STEPS
     world = ranks(4, tensor_parallel_degree=2)
-    whole = world.run(losses, str(tmp_path), 2, kind, dtype)
+    whole = world.run(losses, str(tmp_path), 2, *given)
     assert whole == [whole[0]] * 4
     assert whole[0] == pytest.approx(reference, abs=tolerance)
     shutil.rmtree(tmp_path / f"step-{STEPS:09}")
-    assert world.run(losses, str(tmp_path), 2, kind, dtype) == whole
+    assert world.run(losses, str(tmp_path), 2, *given) == whole
+
+
+def test_the_commands_that_it_shows(capsys):
+    """Those of its first page are understood; what needs several processes says so without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import train_gpt2
+
+        page = train_gpt2.__doc__.replace("\\\n", " ")
+        commands = re.findall(r"(\S*torchrun|python) (.*?)examples/train_gpt2.py (.*)", page)
+        assert [launcher for launcher, _, _ in commands] == ["python", "torchrun", "torchrun"]
+        for launcher, _, words in commands:
+            with patch.context() as launched:
+                if launcher == "torchrun":
+                    launched.setenv("TORCHELASTIC_RUN_ID", "a test")
+                args = train_gpt2.options(shlex.split(words, comments=True))
+            assert args.tp == (1 if launcher == "python" else 2)
+        assert args.sequence_parallel
+        assert args.gradient_checkpointing
+        assert (args.data_parallel, args.dtype) == ("fsdp", "bfloat16")
+        with pytest.raises(SystemExit):
+            train_gpt2.options(shlex.split(commands[2][2]))
+        assert "need torchrun" in capsys.readouterr().err
