@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shlex
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
+import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
@@ -20,16 +22,38 @@ def understood(words: list[str]) -> Namespace:
     return get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
 
 
-def test_commands_of_the_shell():
-    """One node, two by hand, Slurm: flags exist, and a restart on several nodes can work."""
-    assert len(SHELL) == 3
-    for block in SHELL:
-        words = shlex.split(block.replace("\\\n", " "), comments=True)
-        read = understood(words)
-        assert read.training_script == "train.py"
-        if not read.standalone:
-            assert read.rdzv_backend == "c10d"
-            assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
+#: in place of commands that a cluster has: torchrun's variable, then its arguments.
+STUBS = r"""
+torchrun() { printf '%s\n' "store: ${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-shared}" torchrun "$@"; }
+srun() { [ "$1" = --kill-on-bad-exit=1 ] && "${@:2}"; }
+scontrol() { [ "$*" = 'show hostnames a[0-1]' ] && printf 'a0\na1\n'; }
+"""
+SLURM = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a[0-1]"}
+
+
+@pytest.mark.parametrize(
+    ("block", "nodes", "meeting"),
+    list(zip(SHELL, ("1:1", "2", "2"), ("", "node0", "a0"), strict=True)),
+)
+def test_commands_of_the_shell(block, nodes, meeting):
+    """One node, two by hand, Slurm: bash runs them, torchrun understands, a restart can work."""
+    done = subprocess.run(
+        ["bash", "-euc", STUBS + block],
+        env={"PATH": os.environ["PATH"], **(SLURM if "srun" in block else {})},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    words = done.stdout.splitlines()
+    read = understood(words)
+    assert (read.training_script, read.nnodes, read.nproc_per_node) == ("train.py", nodes, "8")
+    assert int(read.max_restarts) > 0
+    if not read.standalone:
+        assert read.rdzv_backend == "c10d"
+        assert read.rdzv_endpoint == f"{meeting}:29500"
+        assert read.rdzv_id == ("7" if "srun" in block else "run1")
+        assert words[0] == "store: 1"
 
 
 def test_the_manifest_for_kubernetes():

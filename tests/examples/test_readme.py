@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import tensorpar as tp
+from tensorpar.planning import command as planning
+from tensorpar.translators import command as translating
+from tensorpar.translators.destination import num_bytes
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -78,3 +82,16 @@ def test_custom_module_example(ranks):
 def test_smdistributed_example(ranks):
     """A script of smdistributed runs, and its dict translates to Hugging Face's bit for bit."""
     assert all(ranks(2, init=False).run(run_smdistributed_script))
+
+
+def test_commands_are_understood():
+    """Every command line that begins with `tensorpar` has arguments that its parser knows."""
+    whole, commands = translating.parser("")
+    planning.add(commands, num_bytes)
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    known = [whole.parse_args(words[1:]) for words in lines if words[:1] == ["tensorpar"]]
+    (plan,) = (read for read in known if "sequence" in read)
+    assert (plan.tp, plan.dp, plan.dtype, str(plan.chart)) == (4, 2, "bfloat16", "plan.png")
+    assert num_bytes(plan.memory) > 0
+    assert len(known) == 6
