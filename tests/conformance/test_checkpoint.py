@@ -72,13 +72,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, eps=1e-3)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
         self.dataloader = Loader()
+        self.shared = {"another": Loader()}  # anything that has a state
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
 
     @property
     def parts(self) -> dict[str, Any]:
-        names = ("model", "optimizer", "scheduler", "dataloader")
+        names = ("model", "optimizer", "scheduler", "dataloader", "shared")
         return {name: getattr(self, name) for name in names}
 
     def steps(self, number: int) -> None:
@@ -90,9 +91,11 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.scheduler.step()
+            self.shared["another"].given += 2
 
     def weights(self) -> Tensors:
-        return detached(weights_of(self.model.module), "weight")
+        given = torch.tensor(self.shared["another"].given)
+        return detached(weights_of(self.model.module), "weight") | {"another": given}
 
 
 def undisturbed(kind: Any, dropout: float) -> Tensors:
@@ -178,18 +181,6 @@ def test_old_checkpoints_go(ranks, tmp_path):
     assert listed(str(tmp_path)) == ["step-000000002", "step-000000003"]
 
 
-def kept_by_fsspec() -> int | None:
-    """The step that is read back from a store that is no folder, and belongs to this process."""
-    save_often("memory://run", 2)
-    resumed = tensorpar.load_checkpoint("memory://run", **Run().parts)
-    return resumed and resumed.step
-
-
-def test_stores_of_fsspec(ranks):
-    """A URL in place of a path."""
-    assert ranks(1).run(kept_by_fsspec) == [3]
-
-
 def test_all_can_be_kept(ranks, tmp_path):
     """`keep=None`."""
     ranks(2).run(save_often, str(tmp_path), None)
@@ -268,24 +259,29 @@ def test_refusal(ranks, tmp_path):
         assert "keep = 0" in told["keep"]
 
 
-def failing_save(folder: str) -> tuple[str, int | None]:
+def failing_save(folder: str, in_background: bool = False) -> tuple[str, int | None]:
     """A save whose disk is full on rank 1; what is said, and what can be resumed after it."""
     run = Run()
     run.steps(1)
     tensorpar.save_checkpoint(folder, 1, **run.parts)
     run.steps(1)
+
+    def save() -> None:
+        pending = tensorpar.save_checkpoint(folder, 2, **run.parts, async_save=in_background)
+        if pending is not None:
+            pending.wait()
+
     small = small_disk_in(checksummed._Appending, "write", 4096)
     with small if tensorpar.rank() == 1 else nullcontext():
-        told = refusal(
-            lambda: tensorpar.save_checkpoint(folder, 2, **run.parts), CheckpointException
-        )
+        told = refusal(save, CheckpointException)
     resumed = tensorpar.load_checkpoint(folder, **run.parts)
     return told, None if resumed is None else resumed.step
 
 
-def test_a_full_disk_on_one_rank_is_an_error_on_all(ranks, tmp_path):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_on_one_rank_is_an_error_on_all(ranks, tmp_path, in_background):
     """The checkpoint does not come to be, the one before it stays."""
-    for told, step in ranks(2).run(failing_save, str(tmp_path)):
+    for told, step in ranks(2).run(failing_save, str(tmp_path), in_background):
         assert "File too large" in told
         assert step == 1
     assert listed(str(tmp_path)) == ["step-000000001"]

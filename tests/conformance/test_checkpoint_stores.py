@@ -1,10 +1,12 @@
-"""Checkpoints on a store that is no folder, and which ranks of several worlds share."""
+"""Where checkpoints are kept: on the disk when they are one, and on stores that ranks share."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -14,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 import tensorpar
 from tensorpar.checkpoint import checksummed
+from tensorpar.files.disk import sync
 from tests.conformance.families import BEHIND_FLOAT32
 from tests.conformance.gpt2 import require_close, require_equal_ranks
 from tests.conformance.test_checkpoint import (
@@ -82,6 +85,52 @@ fsspec.register_implementation(Store.protocol, Store, clobber=True)
 def on(place: str, job: Callable[..., Any], *args: Any) -> Any:
     """`job` at a place, which may be in the store: importing this module makes it known."""
     return job(place, *args)
+
+
+def kept_by_fsspec() -> int | None:
+    """The step that is read back from a store that belongs to this process."""
+    save_often("memory://run", 2)
+    resumed = tensorpar.load_checkpoint("memory://run", **Run().parts)
+    return resumed and resumed.step
+
+
+def test_stores_of_fsspec(ranks):
+    """A URL in place of a path."""
+    assert ranks(1).run(kept_by_fsspec) == [3]
+
+
+def events_of_a_save(folder: str) -> list[str]:
+    """What rank 0 has synced, and renamed, in order."""
+    seen: list[str] = []
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def told(path: Any, *args: Any) -> Any:
+            seen.append(f"{call.__name__} {Path(path).name}")
+            return call(path, *args)
+
+        return told
+
+    run = Run()
+    tensorpar.save_checkpoint(folder, 2, **run.parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tensorpar.checkpoint.folder.sync", noted(sync))
+        patch.setattr(Path, "rename", noted(Path.rename))
+        patch.setattr(shutil, "rmtree", noted(shutil.rmtree))
+        tensorpar.save_checkpoint(folder, 2, **run.parts)
+    return seen
+
+
+def test_all_is_on_the_disk_before_it_is_a_checkpoint(ranks, tmp_path):
+    """Every file, of all ranks, then the folder; what it replaces goes last before its renaming."""
+    seen, _ = ranks(2).run(events_of_a_save, str(tmp_path))
+    files = ("__0_0.distcp", "__1_0.distcp", ".metadata", "complete.json")
+    assert sorted(seen[:4]) == sorted(f"sync {file}" for file in files)
+    assert seen[4:] == [
+        "sync .step-000000002",
+        "rmtree step-000000002",
+        "rename .step-000000002",
+        f"sync {tmp_path.name}",
+    ]
 
 
 @pytest.mark.parametrize(("in_background", "resumed"), [(False, "tp 4"), (True, "2 x 2 fsdp")])

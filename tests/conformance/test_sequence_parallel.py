@@ -236,18 +236,25 @@ def test_what_cannot_be_combined(ranks):
         assert "reproducible_dropout = True, required: one of them" in draws
 
 
-def in_the_context() -> tuple[list[bool], list[int]]:
-    """Whether the configuration's default holds and is overruled; what a model generates."""
-    found = []
+def in_the_context() -> tuple[list[bool], list[list[int]]]:
+    """Whether the configuration's default holds and is overruled; what the models generate."""
+    found, tokens = [], []
     for given in ({}, {"sequence_parallel": False}):
+        torch.manual_seed(1)
         with tensorpar.tensor_parallelism(**given):
             model = transformers.GPT2LMHeadModel(CASES["gpt2"].config()).train()
         found.append("_tensorpar_stream" in model.transformer.h[0].__dict__)
-        tokens = model.generate(torch.arange(2, 6)[None], max_new_tokens=3, do_sample=False)
-    return found, list(tokens.shape)
+        for mode in (True, False):
+            torch.manual_seed(2)
+            drawn = model.train(mode).generate(torch.arange(2, 6)[None], max_new_tokens=5, top_k=9)
+            tokens.append(drawn[0].tolist())
+    return found, tokens
 
 
 def test_the_configuration_has_a_default(ranks):
-    """`init`'s key is the default of the context; a model in training may generate."""
-    world = ranks(2, sequence_parallel=True)
-    assert world.run(in_the_context) == [([True, False], [1, 7])] * 2
+    """`init`'s key is the default of the context; decoding is as without, in training too."""
+    results = ranks(2, sequence_parallel=True).run(in_the_context)
+    for found, tokens in results:
+        assert found == [True, False]
+        assert tokens[:2] == tokens[2:] == results[0][1][:2]
+        assert len(tokens[0]) == 9

@@ -14,7 +14,7 @@ FOLDER/final. Each FAULT strikes once, when those before it have; FOLDER remembe
     disk      the last rank's disk is full during a save
     agent     after the last step torchrun is killed, its ranks are left alone
     node      after the last step the first node, torchrun and ranks, is gone
-    sigterm   the last rank is told to go; all save and leave
+    sigterm   torchrun is told to go, as schedulers do, and tells its ranks; all save and leave
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def one_step(parts: dict[str, Any], step: int, faults: Faults) -> float:
     if faults.is_next("stop", step) and is_last():
         end_this_process(faults, "stop", signal.SIGSTOP)
     if faults.is_next("sigterm", step) and is_last():
-        end_this_process(faults, "sigterm", signal.SIGTERM)
+        tell_torchrun_to_go(faults)
     loss.backward()
     parts["optimizer"].step()
     parts["optimizer"].zero_grad()
@@ -168,6 +168,16 @@ def damage(faults: Faults) -> None:
 def end_this_process(faults: Faults, name: str, by: signal.Signals = signal.SIGKILL) -> None:
     faults.note(name)
     os.kill(os.getpid(), by)
+
+
+def tell_torchrun_to_go(faults: Faults) -> None:
+    """And wait until it has told this rank, so that all know by the end of the step."""
+    faults.note("sigterm")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.sigwait({signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.raise_signal(signal.SIGTERM)
 
 
 def end_the_first_node(faults: Faults) -> None:

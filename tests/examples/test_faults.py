@@ -20,6 +20,7 @@ from tests.examples.fault_table import README, stated, steps_lost, told_by
 from tests.examples.faulty_training import Faults, train
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ["--module", faulty_training.__name__]
 #: five lives of one run: three are ended by torchrun, the last by a script started again.
 FAULTS = ["step", "stop", "flip", "save", "truncate", "disk", "agent"]
 #: the rows of the table that a test here holds against what happens, and those of other files.
@@ -27,14 +28,9 @@ HERE = ["step", "stop", "save", "step flip", "step truncate", "disk", "agent", "
 ELSEWHERE = [(name, "tests/examples/test_two_nodes.py") for name in ("step", "node")]
 
 
-def run(folder: str, *names: str) -> None:
-    """The same run in the test's own ranks; by default nothing strikes it."""
-    train(Path(folder), Faults(Path(folder), list(names)))
-
-
 def undisturbed(folder: str) -> None:
-    """As it goes on by itself, from wherever it stands."""
-    run(folder)
+    """The same run in the test's own ranks, from wherever it stands; nothing strikes it."""
+    train(Path(folder), Faults(Path(folder), []))
 
 
 def torchrun(*arguments: str) -> tuple[int, str]:
@@ -43,7 +39,8 @@ def torchrun(*arguments: str) -> tuple[int, str]:
     A rank that is stopped does not obey torchrun's SIGTERM, and would be killed 30 s later; here it
     goes on at once, to obey.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", *arguments]
     output = []
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -78,8 +75,7 @@ def whole(ranks, tmp_path_factory):
 def test_faults_cost_no_more_than_steps(ranks, whole, tmp_path):
     """Killed, silent, damaged, full: torchrun restarts, the run resumes, the end is bit for bit."""
     struck = tmp_path / "struck"
-    script = ["--nproc-per-node=2", "--module", "tests.examples.faulty_training"]
-    code, output = torchrun("--max-restarts=3", *script, str(struck), *FAULTS)
+    code, output = torchrun("--max-restarts=3", *SCRIPT, str(struck), *FAULTS)
     assert (struck / "struck-agent").exists(), output
     assert code == -signal.SIGKILL
     assert "Timed out waiting 8000ms" in output  # for the rank that was stopped
@@ -107,7 +103,9 @@ def test_faults_cost_no_more_than_steps(ranks, whole, tmp_path):
 
 def test_sigterm_loses_nothing(ranks, whole, tmp_path):
     """All ranks save after their step and leave; the script goes on from there."""
-    ranks(2).run(run, str(tmp_path), "sigterm")
+    code, output = torchrun("--max-restarts=1", *SCRIPT, str(tmp_path), "sigterm")
+    assert code != 0
+    assert "Received 15 death signal" in output
     assert not (tmp_path / "final").exists()
     ranks(2).run(undisturbed, str(tmp_path))
     for rank in range(2):

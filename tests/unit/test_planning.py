@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from tensorpar import mesh
 from tensorpar.command import main
 from tensorpar.planning import formulas
 from tensorpar.planning.pretence import pretended_world
 from tensorpar.planning.step import Figures, planned
-from tensorpar.planning.wanted import Wanted
+from tensorpar.planning.wanted import Wanted, config_of
 from tests.conformance.families import tiny_config
 
 
@@ -58,6 +59,7 @@ def test_the_command(model, tmp_path, capsys):
     told = capsys.readouterr().out
     size = {"tp": 2, "batch": 3, "sequence": 9, "sequence_parallel": True}
     plan = planned(Wanted(tiny_config("gpt2"), "GPT2LMHeadModel", **size))
+    assert config_of(model).to_dict() == config_of(model / "config.json").to_dict()
     assert "adamw, sequence parallel" in told
     for name in ("parameters", "gradients", "optimizer", "activations", "peak", "flop"):
         assert f"{getattr(plan, name):,}" in told
@@ -127,6 +129,14 @@ def test_help_imports_neither_transformers_nor_matplotlib():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("[]\n")
     assert all(name in done.stdout for name in ("translate", "inspect", "verify", "plan"))
+
+
+def test_nothing_is_allocated():
+    """A rank's share of a model of 200 billion parameters, which no machine of tests could hold."""
+    config = GPT2Config(n_layer=1, n_embd=2**17, n_head=2**10, n_positions=8, vocab_size=97)
+    plan = planned(Wanted(config, "GPT2LMHeadModel", tp=2, sequence=8))
+    assert plan.num_parameters > 10**11
+    assert plan.peak > 12 * 10**11
 
 
 def test_data_parallel_ranks_hold_even_shares():
