@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 _HOOKS = (
@@ -93,6 +95,17 @@ class HookedTrainer(transformers.Trainer, ABC):
     def tokenizers(self) -> Any:
         """What is saved beside the model: the processing class, or the collator's tokenizer."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
+
+
+def known_by_own_name(model: nn.Module) -> nn.Module:
+    """`model`, whose class FSDP2 may have given a prefix.
+
+    `Trainer` tells by the name whether labels that it smooths are those of the next position.
+    """
+    if isinstance(model, FSDPModule):
+        own = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+        type(model)._get_name = lambda _: own.__name__  # type: ignore[method-assign]
+    return model
 
 
 def checkpoints(output_dir: str) -> list[str]:

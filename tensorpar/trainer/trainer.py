@@ -21,7 +21,13 @@ from tensorpar.checkpoint import load_checkpoint, save_checkpoint
 from tensorpar.checkpoint.folder import CheckpointFolder
 from tensorpar.checkpoint.state import random_states, set_random_states
 from tensorpar.data_parallel import DataParallel, Kind
-from tensorpar.hf_trainer import HookedTrainer, arguments_file, checkpoints, state_damage
+from tensorpar.hf_trainer import (
+    HookedTrainer,
+    arguments_file,
+    checkpoints,
+    known_by_own_name,
+    state_damage,
+)
 from tensorpar.model import DistributedModel
 from tensorpar.preemption import preemption
 from tensorpar.together import on_all_ranks
@@ -90,7 +96,7 @@ class Trainer(HookedTrainer):
             )
         if ranks.rdp_size() > 1 and not isinstance(inner, FSDPModule):
             self._data_parallel.apply(inner, ranks.dp_mesh())
-        return inner
+        return known_by_own_name(inner)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model, made data parallel."""
