@@ -21,7 +21,7 @@ from chart import bars
 from contest import Contestant, Work, alternate, present, ratio, record, require_equal
 from least import least
 from models import FAMILIES, Shape
-from systems import SYSTEMS, forward_only, training_step
+from systems import EVALUATING, SYSTEMS, forward_only, training_step
 
 #: dropout draws other masks on other systems, so their losses only resemble each other.
 MAX_LOSS_DIFFERENCE, MAX_DROPOUT_DIFFERENCE = 1e-3, 1.0
@@ -124,8 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", choices=WORK, default="train")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    systems = [*SYSTEMS, LEAST]
-    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
+    parser.add_argument("--systems", nargs="+", choices=[*EVALUATING, LEAST])
     parser.add_argument("--widths", nargs="+", type=int, default=[512])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
@@ -134,7 +133,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("layers", "batch", "sequence", "vocabulary", "dropout"):
         default = getattr(Shape, name)
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.systems = args.systems or [*(EVALUATING if args.what == "forward" else SYSTEMS), LEAST]
+    return args
 
 
 if __name__ == "__main__":

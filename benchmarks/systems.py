@@ -35,11 +35,11 @@ def transformers_alone(shape: Shape, _: Seat) -> Training:
     return training(shape.build())
 
 
-def tensorpar(shape: Shape, seat: Seat) -> Training:
+def tensorpar(shape: Shape, seat: Seat, **options: Any) -> Training:
     import tensorpar
 
     tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
-    with tensorpar.tensor_parallelism():
+    with tensorpar.tensor_parallelism(**options):
         return training(shape.build())
 
 
@@ -83,6 +83,8 @@ SYSTEMS: dict[str, Callable[[Shape, Seat], Training]] = {
     "parallelize_module": parallelize_module,
     "DeepSpeed AutoTP": deepspeed,
 }
+#: for forwards with labels: logits whole on every rank, and as a training step leaves them.
+EVALUATING = {**SYSTEMS, "tensorpar, sharded": partial(tensorpar, gather_logits=False)}
 #: for generation, which looks at whole logits.
 GENERATING = {**SYSTEMS, "parallelize_module": parallelize_module_gathering}
 
@@ -153,7 +155,7 @@ def step_of(training: Training, shape: Shape) -> Callable[[], float]:
 
 def forward_only(system: str, shape: Shape, seat: Seat) -> Callable[[], float]:
     """A forward without gradients; returns the loss."""
-    made = SYSTEMS[system](shape, seat)
+    made = EVALUATING[system](shape, seat)
     made.model.eval()
     tokens = batches(shape)
 

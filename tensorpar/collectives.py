@@ -26,10 +26,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
+from tensorpar.large_pages import empty_in_large_pages
 from tensorpar.parameters import local_shard
 from tensorpar.partition import chunk_sizes
+
+#: on the CPU, a rank sends about so much at a time of what is gathered along its last dim.
+_BLOCK_BYTES = 1 << 22
 
 
 def all_reduce(
@@ -51,12 +56,35 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
     if mesh.size() == 1:
         return x
     sizes = chunk_sizes(size, mesh.size())
+    if dim == x.ndim - 1 and x.device.type == "cpu":
+        return _gather_last_dim(x.detach(), sizes, mesh)
     padded = x.new_zeros((*x.shape[:dim], sizes[0], *x.shape[dim + 1 :]))
     padded.narrow(dim, 0, x.shape[dim]).copy_(x.detach())
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=mesh.get_group())
     pairs = zip(parts, sizes, strict=True)
     return torch.cat([part.narrow(dim, 0, length) for part, length in pairs], dim)
+
+
+def _gather_last_dim(x: torch.Tensor, sizes: Sequence[int], mesh: DeviceMesh) -> torch.Tensor:
+    """`all_gather` along the last dim, block by block of rows, on the CPU.
+
+    What arrives is still in cache when it is put into its place. All at once, the ranks' chunks of
+    logits would go through three more buffers of their size, of which the system would have to
+    hand out each page.
+    """
+    num_rows, held = x.shape[:-1].numel(), x.shape[-1]
+    own = x.reshape(num_rows, held)
+    whole = empty_in_large_pages((num_rows, sum(sizes)), x.dtype)
+    num_at_once = max(1, _BLOCK_BYTES // max(1, sizes[0] * x.element_size()))
+    parts = [x.new_empty((min(num_at_once, num_rows), sizes[0])) for _ in sizes]
+    for block, place in zip(own.split(num_at_once), whole.split(num_at_once), strict=True):
+        arrived = [part[: len(block)] for part in parts]
+        padded = F.pad(block, (0, sizes[0] - held)) if held < sizes[0] else block.contiguous()
+        dist.all_gather(arrived, padded, group=mesh.get_group())
+        for part, columns in zip(arrived, place.split(list(sizes), 1), strict=True):
+            columns.copy_(part[:, : columns.shape[1]])
+    return whole.view(*x.shape[:-1], sum(sizes))
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:

@@ -94,7 +94,8 @@ def tensor_parallelism(enabled: bool = True, **tp_config: Any) -> Iterator[None]
     Args:
         enabled: False leaves what is built inside as it is; the innermost context wins.
         tp_config: the fields of `Options`: `check_batches`, `delayed_parameter_initialization`,
-            `fused_attention`, `reproducible_dropout`, `sequence_parallel`, `check_replicas_every`.
+            `fused_attention`, `reproducible_dropout`, `sequence_parallel`, `gather_logits`,
+            `check_replicas_every`.
 
     Raises:
         RuntimeError: before `init`.

@@ -3,8 +3,9 @@
 On the way in: tensor-parallel ranks are compared to be fed the same batch, and when labels are
 given the loss is set to be computed on the shards; data-parallel ranks, which are seeded alike to
 hold the same model, get random streams of their own while training. On the way out: what is
-sharded becomes whole, except the logits of a training step with labels, which stay a DTensor
-`Shard(-1)` so that nothing is communicated for what nobody reads.
+sharded becomes whole, except the logits of a training step with labels, and where asked for those
+of an evaluation with labels: they stay a DTensor `Shard(-1)`, so that nothing is communicated for
+what nobody reads.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tensorpar.empty_shards import empty_shard
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
-from tensorpar.parameters import OwnMethods, mix_in
+from tensorpar.parameters import OwnMethods, local, mix_in, shard_dim
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
 from tensorpar.region import begin_forward, close_region, end_forward, plain_shelf
@@ -44,6 +45,7 @@ CONTENT_STEPS = 10
 
 _inside: ContextVar[bool] = ContextVar("inside_a_forward", default=False)
 _generating: ContextVar[bool] = ContextVar("generating", default=False)
+_unread: ContextVar[bool] = ContextVar("logits_unread", default=False)
 
 
 @contextmanager
@@ -58,6 +60,19 @@ def generating(model: nn.Module) -> Iterator[Callable[[Any], Any]]:
             yield model.__dict__["_tensorpar_door"].guard.finish_generation
     finally:
         _generating.reset(token)
+
+
+@contextmanager
+def logits_unread() -> Iterator[None]:
+    """Within: of forwards with labels only the loss is wanted; no logits are gathered for them.
+
+    As the option `gather_logits=False`, for a while.
+    """
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class ModelDoor:
         mesh: the tp mesh.
         check_batches: whether to compare batches.
         check_replicas_every: how often to compare what ranks have in common; 0 for never.
+        gather_logits: whether logits of an evaluation with labels become whole.
     """
 
     def __init__(
@@ -99,8 +115,10 @@ class ModelDoor:
         *,
         check_batches: bool,
         check_replicas_every: int = 0,
+        gather_logits: bool = True,
     ) -> None:
         self.mesh = mesh
+        self.gather_logits = gather_logits
         self.guard = Guard(model, mesh, check_replicas_every)
         self.check_batches = check_batches
         self._has_idle_rank = empty_shard(model) is not None
@@ -214,7 +232,8 @@ class ModelDoor:
             if self._records_attentions:
                 self._gather_attentions(model, output)
                 _join_hidden_states(output)
-            if forward.is_outermost and not model.training:
+            unread = _unread.get() or not self.gather_logits
+            if forward.is_outermost and not model.training and not unread:
                 _gather_logits(output)
         return output
 
@@ -241,7 +260,9 @@ def _join_hidden_states(output: dict[str, Any]) -> None:
 
 def _gather_logits(output: dict[str, Any]) -> None:
     for name, value in list(output.items()):
-        if isinstance(value, DTensor):
+        if (dim := shard_dim(value)) is not None:
+            output[name] = gather_region(local(value), dim, value.shape[dim], value.device_mesh)
+        elif isinstance(value, DTensor):
             output[name] = value.full_tensor()
 
 

@@ -28,6 +28,9 @@ class Options:
             of the sequence only: the residual stream, its norms and dropout. All-gathers and
             reduce-scatters of the same volume take the place of the all-reduces. Not together
             with `reproducible_dropout`.
+        gather_logits: in evaluation with labels, logits are whole on every rank. False leaves them
+            as a training step does: the loss is all that is communicated for, and `logits` is a
+            DTensor `Shard(-1)` whose `full_tensor()`, called on every rank, gathers them.
         check_replicas_every: every so many forwards, check that what tensor-parallel ranks must
             have in common is the same, and raise on all of them, naming what differs first; 0 for
             never.
@@ -39,6 +42,7 @@ class Options:
     fused_attention: bool = True
     reproducible_dropout: bool = False
     sequence_parallel: bool = False
+    gather_logits: bool = True
     check_replicas_every: int = 0
 
     def __post_init__(self) -> None:

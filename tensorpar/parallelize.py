@@ -154,7 +154,11 @@ def _hang_doors(
     for module, own in chosen.items():
         if module is root or hf_compat.is_model(module):
             ModelDoor.hang(
-                module, mesh, check_batches=own.check_batches, check_replicas_every=every
+                module,
+                mesh,
+                check_batches=own.check_batches,
+                check_replicas_every=every,
+                gather_logits=own.gather_logits,
             )
         if module is root and "_tensorpar_guarded" not in module.__dict__:
             module.__dict__["_tensorpar_guarded"] = True

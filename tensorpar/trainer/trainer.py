@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from tensorpar.hf_trainer import (
     state_damage,
 )
 from tensorpar.model import DistributedModel
+from tensorpar.model_doors import logits_unread
 from tensorpar.preemption import preemption
 from tensorpar.together import on_all_ranks
 from tensorpar.trainer.accelerator import Accelerator, require_parallel
@@ -107,6 +108,13 @@ class Trainer(HookedTrainer):
         super().create_accelerator_and_postprocess()
         Accelerator.become(self.accelerator)
         self.gather_function = partial(type(self.accelerator).gather_for_metrics, self.accelerator)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Transformers does; where only the loss is wanted, logits stay sharded."""
+        with logits_unread() if prediction_loss_only else nullcontext():
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """As Transformers does; loader processes of ranks that share a model draw alike."""

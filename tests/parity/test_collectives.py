@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorpar
+from tensorpar import collectives
 from tensorpar.collectives import (
     all_gather,
     all_gather_region,
@@ -124,6 +126,11 @@ def round_trips(size: int) -> dict[str, bool]:
         )
         == num_ranks - 1,
     }
+    wide = _draw(5, (5, 2, size), common=True).transpose(0, 1)
+    with mock.patch.object(collectives, "_BLOCK_BYTES", 3 * 8 * chunk_sizes(size, num_ranks)[0]):
+        found["in blocks of rows"] = torch.equal(
+            all_gather(wide[..., start:stop], 2, size, mesh), wide
+        )
     plain = _draw(4, (5, 4), common=False)
     before = plain.clone()
     all_reduce(plain.t(), mesh)
