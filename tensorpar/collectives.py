@@ -184,7 +184,7 @@ class _ReduceScatter(torch.autograd.Function):
 
 def copy_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Enter a parallel region: the identity, whose backward sums the ranks' gradients."""
-    return x if mesh.size() == 1 or not torch.is_grad_enabled() else _Copy.apply(x, mesh)
+    return x if not torch.is_grad_enabled() or mesh.size() == 1 else _Copy.apply(x, mesh)
 
 
 def copy_together(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:

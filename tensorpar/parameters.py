@@ -105,11 +105,15 @@ class _Local(torch.autograd.Function):
         return DTensor(grad, copy(ctx.spec), requires_grad=False)
 
 
+#: looked up once: every parameter passes `local` in every forward.
+_is_compiling = torch.compiler.is_compiling
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter as a plain tensor, differentiable back to it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return tensor.to_local()
     return _Local.apply(tensor) if torch.is_grad_enabled() else tensor._local_tensor
 

@@ -33,6 +33,12 @@ from tensorpar.region import close_region, open_region, plain
 from tensorpar.rows import enter_region, leave_region
 
 
+def held(layer: Any, name: str) -> Any:
+    """A parameter of a layer, or None; what it has itself is found without `__getattr__`."""
+    parameter = layer._parameters.get(name)
+    return getattr(layer, name) if parameter is None else parameter
+
+
 def _at_least_one_head(shard: torch.Tensor, dim: int | None) -> torch.Tensor:
     """A rank without a head computes one of zeros, so that attention code and autograd run there.
 
@@ -81,8 +87,8 @@ class ColumnParallel:
         """`[..., in]`, the same on all ranks, to `[..., this rank's features]` (or all)."""
         if self.copy_input:
             input = enter_region(input, self.mesh)
-        weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(0, -2)
-        bias = self.bias
+        weight, bias = local(held(self, "weight")), held(self, "bias")
+        weight = _at_least_one_head(weight, self.heads_dim).flatten(0, -2)
         if bias is not None:
             bias = _at_least_one_head(local(bias), self.heads_dim).flatten()
         output = F.linear(input, weight, bias)
@@ -126,8 +132,8 @@ class RowParallel:
         return output
 
     def _summed(self, input: torch.Tensor) -> torch.Tensor:
-        weight = _at_least_one_head(local(self.weight), self.heads_dim).flatten(1)
-        bias = self.bias
+        weight, bias = local(held(self, "weight")), held(self, "bias")
+        weight = _at_least_one_head(weight, self.heads_dim).flatten(1)
         if self.partial or self.mesh.size() == 1:
             bias = None if bias is None else on_first_rank(local(bias), self.mesh)
             return F.linear(input, weight, bias)
