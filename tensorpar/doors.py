@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -106,7 +107,10 @@ class Door:
     ) -> tuple[list[Any], dict[str, Any]]:
         """The forward's arguments: the named ones through the region, of masks the own heads."""
         args_list = list(args)
-        for places, change in ((self._places, self._entered), (self._seen, self._own_heads)):
+        # entering is the identity where there is neither a gradient to sum nor a row to gather
+        enters = torch.is_grad_enabled() or current_rows() is not None
+        entering = self._places if enters else ()
+        for places, change in ((entering, self._entered), (self._seen, self._own_heads)):
             for place, name in places:
                 holder: Any = args_list if place < len(args_list) else kwargs
                 key = place if place < len(args_list) else name

@@ -88,9 +88,12 @@ class ColumnParallel:
         if self.copy_input:
             input = enter_region(input, self.mesh)
         weight, bias = local(held(self, "weight")), held(self, "bias")
-        weight = _at_least_one_head(weight, self.heads_dim).flatten(0, -2)
+        weight = _at_least_one_head(weight, self.heads_dim)
+        if weight.ndim > 2:
+            weight = weight.flatten(0, -2)
         if bias is not None:
-            bias = _at_least_one_head(local(bias), self.heads_dim).flatten()
+            bias = _at_least_one_head(local(bias), self.heads_dim)
+            bias = bias.flatten() if bias.ndim > 1 else bias
         output = F.linear(input, weight, bias)
         if not self.gather_output:
             open_region(self.mesh)
@@ -133,7 +136,9 @@ class RowParallel:
 
     def _summed(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = local(held(self, "weight")), held(self, "bias")
-        weight = _at_least_one_head(weight, self.heads_dim).flatten(1)
+        weight = _at_least_one_head(weight, self.heads_dim)
+        if weight.ndim > 2:
+            weight = weight.flatten(1)
         if self.partial or self.mesh.size() == 1:
             bias = None if bias is None else on_first_rank(local(bias), self.mesh)
             return F.linear(input, weight, bias)

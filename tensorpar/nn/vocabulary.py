@@ -113,7 +113,10 @@ class VocabParallelHead:
         """
         note_activation(self, "input", input)
         bias = None if self.bias is None else local(self.bias)
-        logits = F.linear(copy_region(input, self.mesh), local(self.weight), bias)
+        # of an input with gaps (the last position's), torch makes a product for each row of the
+        # batch, unless the weight requires a gradient, which a local one does not in generation
+        dense = copy_region(input, self.mesh).contiguous()
+        logits = F.linear(dense, local(self.weight), bias)
         shape = (*logits.shape[:-1], self.weight.shape[0])
         if loss_on_shards():
             return from_local(logits, self.mesh, len(shape) - 1, shape)
