@@ -1,8 +1,11 @@
 """Greedy decoding, milliseconds a token: tensorpar beside one process, its peers and the limit.
 
 The limit is half of what one process takes on one core, plus the latency of the collectives that
-tensorpar calls for a token, measured in the same run between the same processes. All contestants
-must choose the same tokens. Run as `python benchmarks/bench_decode.py --families gptj`.
+tensorpar calls for a token, measured in the same run between the same processes. Beside it stands
+what the ranks take for their halves at once with nothing sent, plus that latency: each of them
+repeats what `generate` does itself (processors of whole logits, the choice of a token), and they
+share the memory's bandwidth. All contestants must choose the same tokens. Run as
+`python benchmarks/bench_decode.py --families gptj`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
 PROMPT = 32
 ONE_CORE = "one process, one core"
+HALVES = "halves at once"
 
 
 def main() -> None:
@@ -59,14 +63,21 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
             ranks = 1 if name == "one process" else args.tp
             ways[name] = way(partial(decode, name, shape, args.tokens), ranks, args.tp)
         contestants = present(stack, ways)
+        halves = stack.enter_context(
+            way(partial(decode_apart, shape, args.tokens), args.tp, args.tp)()
+        )
         waits = stack.enter_context(way(partial(latency, shape), args.tp, args.tp)())
-        times, results = alternate({**contestants, "latency": waits}, args.warmup, args.pairs)
+        others = {HALVES: halves, "latency": waits}
+        times, results = alternate({**contestants, **others}, args.warmup, args.pairs)
     require_same_tokens({name: results[name] for name in contestants})
     collectives = results["tensorpar"][0][1] / args.tokens
     a_call = statistics.median(results["latency"][args.warmup :])
     each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in contestants}
-    limit = each[ONE_CORE] / args.tp + 1e3 * a_call * collectives
+    waiting = 1e3 * a_call * collectives
+    limit = each[ONE_CORE] / args.tp + waiting
+    apart = 1e3 * statistics.median(times[HALVES]) / args.tokens + waiting
     print(f"{collectives:.1f} collectives a token of {1e3 * a_call:.3f} ms; limit {limit:.2f} ms")
+    print(f"{HALVES} and collectives {apart:.2f} ms, {apart / limit:.2f} of it")
     print(f"{'':24}{'ms a token':>12}{'to limit':>10}{'tensorpar to it':>17}")
     systems = {}
     for name, value in each.items():
@@ -77,6 +88,7 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
         "family": shape.family,
         "batch": shape.batch,
         "limit": limit,
+        "halves at once and collectives": apart,
         "collectives": collectives,
         "latency": a_call,
         "systems": systems,
@@ -107,6 +119,14 @@ def decode(
         return out[:, PROMPT:].tolist(), counted
 
     return timed
+
+
+def decode_apart(shape: Shape, num_tokens: int, seat: Seat) -> Callable[[], object]:
+    """tensorpar's work of all ranks at once with nothing sent; the tokens mean nothing."""
+    turn = decode("tensorpar", shape, num_tokens, seat)
+    torch.distributed.all_reduce = lambda *_, **__: None
+    torch.distributed.all_gather = lambda parts, own, **_: [part.copy_(own) for part in parts]
+    return turn
 
 
 def latency(shape: Shape, _: Seat) -> Callable[[], float]:
