@@ -12,6 +12,7 @@ import gc
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -76,13 +77,18 @@ def loads(source: str, way: str, seat: Seat) -> Callable[[], dict[str, Any]]:
         options["tp_plan"] = "auto"
 
     def turn() -> dict[str, Any]:
-        gc.collect()
+        gc.collect()  # the model before
+        seat.from_all(None)
         context = tensorpar.tensor_parallelism if way == "tensorpar" else nullcontext
-        with Peak() as peak, counting() as requested, context():
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        with Peak() as peak, counting() as requested:
+            start = time.perf_counter()
+            with context():
+                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
             total, held = read_once(model, seat)
+            seconds = time.perf_counter() - start
         told = {"requested": requested.num_bytes, "peak": peak.bytes, "held": held}
-        return {"sum": total, "ranks": seat.from_all(told)}
+        ranks = seat.from_all(told | {"seconds": seconds})
+        return {"sum": total, "ranks": ranks}
 
     return turn
 
