@@ -81,6 +81,23 @@ def settle(out: Path) -> None:
     subprocess.run(["sync", "-f", out.parent], check=True)
 
 
+def bring_into_cache(file: Path) -> None:
+    """Read a file, so that its pages are there; a machine may drop them within a minute."""
+    with file.open("rb", buffering=0) as source:
+        while source.read(1 << 24):
+            pass
+
+
+def drop_from_cache(file: Path) -> bool:
+    """Let the system forget a file's pages, which nobody may have mapped; whether it has."""
+    with file.open("rb") as source:
+        os.fsync(source.fileno())
+        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", file]
+    left = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(left) < file.stat().st_size / 100
+
+
 def file_system(folder: Path) -> str:
     told = subprocess.run(
         ["df", "--output=fstype,source", folder], capture_output=True, text=True, check=True
