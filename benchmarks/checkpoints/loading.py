@@ -3,7 +3,6 @@
 A turn ends when every parameter has been read once: the bits of all are added up, which also tells
 whether all contestants loaded the same. First with the file in the page cache, then without it, as
 far as the system lets go of it. GPT-NeoX is also loaded by Transformers' own tensor parallelism.
-Run as `python benchmarks/bench_loading.py --size 1 --turns 5`.
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from typing import Any
 
 import torch
 from contest import Seat, alternate, entered, ratio, record
-from folders import (
+from peak_memory import Peak
+from torch.distributed.tensor import DTensor
+
+from checkpoints.folders import (
     affordable,
     bring_into_cache,
     drop_from_cache,
     file_system,
     make_model,
-    parse_arguments,
 )
-from peak_memory import Peak
-from torch.distributed.tensor import DTensor
 
 FILE = "model.safetensors"
 #: a slow disk takes half a minute for a turn.
 MOST_COLD_TURNS = 3
 
 
-def main() -> None:
-    args = parse_arguments(__doc__)
+def measure(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-loading-") as name:
         folder = Path(name)
@@ -163,7 +161,3 @@ def row(
         f"peak {share['peak']:.3f}"
     )
     return {"seconds": times[name], "ratio": against, "of the file": share}
-
-
-if __name__ == "__main__":
-    main()

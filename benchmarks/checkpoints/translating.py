@@ -2,8 +2,7 @@
 
 Both contestants alternate within one run, so that what else the machine does hits both alike; what
 ours wrote is compared with what it read before any time is believed. Memory is RssAnon, sampled
-all the time, above its value after imports. Run as
-`python benchmarks/bench_translate.py --size 6 --pairs 5`.
+all the time, above its value after imports.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import multiprocessing as mp
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from contest import record
-from folders import affordable, file_system, make_model, settle
 from peak_memory import anonymous_bytes
 from tqdm import tqdm
+
+from checkpoints.folders import affordable, file_system, make_model, settle
 
 MB = 1 << 20
 
 
-def main() -> None:
-    args = parse_arguments()
+def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-translate-") as name:
         folder = Path(name)
         size = affordable(args.size, folder)
@@ -46,9 +44,9 @@ def main() -> None:
         verify(source, sharded)
         rows = {
             f"hf to tp {args.tp}": alternate(
-                args.pairs, source, folder / "out", "tensorpar", args.tp
+                args.turns, source, folder / "out", "tensorpar", args.tp
             ),
-            f"tp {args.tp} to hf": alternate(args.pairs, sharded, folder / "out", "hf", None),
+            f"tp {args.tp} to hf": alternate(args.turns, sharded, folder / "out", "hf", None),
         }
         naive = in_process(naive_way, str(source), str(folder / "naive"), args.tp)
         model = {
@@ -58,15 +56,6 @@ def main() -> None:
             "file system": file_system(folder),
         }
     report(args, rows, naive, model)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=float, default=6, help="billions of parameters")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    return parser.parse_args()
 
 
 def alternate(
@@ -206,7 +195,3 @@ def report(
         "arguments": {key: str(value) for key, value in vars(args).items()},
     }
     record("translate_cpu", result)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -12,16 +11,6 @@ import torch
 from tqdm import tqdm
 
 WIDTH, INNER, HEADS, VOCABULARY = 4096, 16384, 16, 50400
-
-
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """What a contest over one checkpoint can be told."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--size", type=float, default=1, help="billions of parameters")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    return parser.parse_args()
 
 
 def affordable(size: float, folder: Path) -> float:
