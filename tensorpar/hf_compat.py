@@ -156,18 +156,10 @@ def _watched_load(load: Callable[..., Any], loading: threading.local) -> Callabl
             return load(model, state_dict, files, how, *args, **kwargs)
         with _without_progress():
             how = dataclasses.replace(how, device_map=None)
-            promised = promises(files, may_map=not _avoids_mapping(how, files))
+            promised = promises(files, may_map=not getattr(how, "disable_mmap", None))
             return load(model, promised, files, how, *args, **kwargs)
 
     return watched_load
-
-
-def _avoids_mapping(how: Any, files: Sequence[str]) -> bool:
-    """Whether Transformers itself, which maps files as a rule, would read these."""
-    from transformers import modeling_utils
-
-    is_remote = getattr(modeling_utils, "_is_on_hf_mount", lambda _: False)
-    return bool(getattr(how, "disable_mmap", None)) or any(map(is_remote, files))
 
 
 def _refuse_placement(how: Any) -> None:
