@@ -2,7 +2,8 @@
 
 Transformers loads promises in place of tensors: it resolves files, renames keys, ties, reports
 what is missing and initialises that, all as ever. When its model is cut, each promise is kept by
-reading this rank's slice of the file; nothing that is sharded is ever whole.
+reading this rank's slice of the file; nothing that is sharded is ever whole. On CPUs a slice that
+the file has in one piece stays where it is, mapped, as Transformers' own weights do.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from tqdm import tqdm
 from checkpoints.folders import affordable, file_system, make_model, settle
 
 MB = 1 << 20
+#: of the model, that the naive way holds at once, and some room.
+NAIVE_COPIES = 1.6
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -48,7 +50,7 @@ def measure(args: argparse.Namespace) -> None:
             ),
             f"tp {args.tp} to hf": alternate(args.turns, sharded, folder / "out", "hf", None),
         }
-        naive = in_process(naive_way, str(source), str(folder / "naive"), args.tp)
+        naive = naively(source, size, args.tp)
         model = {
             "billions": size,
             "bytes": num_bytes,
@@ -103,6 +105,19 @@ def run_command(*arguments: str) -> int:
 
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return command(arguments)
+
+
+def naively(source: Path, size: float, tp: int) -> dict[str, Any]:
+    """What the naive way takes; with a smaller model where this machine's memory asks for one."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(told["MemAvailable"].split()[0]) * 1024
+    possible = available / (2e9 * NAIVE_COPIES)
+    if size > possible:
+        size, source = int(possible * 10) / 10, source.with_name("smaller")
+        print(f"load all, translate, save all: {available / 1e9:.0f} GB of memory, size {size}")
+        make_model(source, size)
+    out = source.with_name("naive")
+    return {"billions": size, **in_process(naive_way, str(source), str(out), tp)}
 
 
 def naive_way(source: str, out: str, tp: int) -> None:
@@ -183,8 +198,12 @@ def report(
             f"{name:16}{rates[0]:9.2f}{rates[1]:11.2f}{statistics.median(ratios):8.2f}{spread:>14}"
             f"{memory / MB:7.0f} MB"
         )
+    naive["memory ratio"] = naive["memory"] / max(row["peak RssAnon"] for row in summary.values())
     told = f"{naive['seconds']:.1f} s, RssAnon {naive['memory'] / MB:.0f} MB"
-    print(f"hf to tp {args.tp}, load all, translate, save all: {told}")
+    print(
+        f"hf to tp {args.tp}, load all, translate, save all, {naive['billions']} billions: {told}, "
+        f"{naive['memory ratio']:.0f} times ours"
+    )
     print(f"limit of RssAnon: 2 x the largest tensor + 256 MB = {limit / MB:.0f} MB")
     result = {
         "summary": summary,
