@@ -43,10 +43,7 @@ bench: .venv/benchmarks
 	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
-	$(BIN)/python benchmarks/bench_in_memory.py
-	$(BIN)/python benchmarks/bench_translate.py --size 0.5 --pairs 3
-	$(BIN)/python benchmarks/bench_loading.py --size 0.6 --turns 3
-	$(BIN)/python benchmarks/bench_saving.py --size 0.6 --turns 3
+	$(BIN)/python benchmarks/bench_checkpoint.py --size 0.6 --turns 3
 	$(BIN)/python benchmarks/bench_sequence_memory.py
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_scale.py

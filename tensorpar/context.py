@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -178,7 +178,7 @@ def _fuses(module_cls: type) -> bool:
     return enabled and fuses_attention(module_cls)
 
 
-def _promises() -> Callable[[Sequence[str]], dict[str, Any]] | None:
+def _promises() -> Callable[..., dict[str, Any]] | None:
     options = _options.get()
     return promises if options is not None and options.enabled else None
 

@@ -60,14 +60,15 @@ class Watcher:
             `post_init`, after initialisation and tying, or, if it is loaded, when
             `from_pretrained` returns.
         failed: called with the exception when `from_pretrained` raises; the exception goes on.
-        promises: makes of checkpoint files the state dict to load; None to load as ever.
+        promises: makes of checkpoint files the state dict to load, given `may_map`, whether these
+            may stay mapped; None to load as ever.
         given: makes of a state dict that is given the one to load; None to load it as it is.
         fuses: whether a class that Transformers has no sdpa for gets one, and may be asked to.
     """
 
     finished: Callable[[nn.Module], None]
     failed: Callable[[Exception], None]
-    promises: Callable[[], Callable[[Sequence[str]], dict[str, Any]] | None]
+    promises: Callable[[], Callable[..., dict[str, Any]] | None]
     given: Callable[[], Callable[[nn.Module, Any], dict[str, Any]] | None]
     fuses: Callable[[type], bool]
 
@@ -155,7 +156,8 @@ def _watched_load(load: Callable[..., Any], loading: threading.local) -> Callabl
             return load(model, state_dict, files, how, *args, **kwargs)
         with _without_progress():
             how = dataclasses.replace(how, device_map=None)
-            return load(model, promises(files), files, how, *args, **kwargs)
+            promised = promises(files, may_map=not getattr(how, "disable_mmap", None))
+            return load(model, promised, files, how, *args, **kwargs)
 
     return watched_load
 

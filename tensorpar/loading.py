@@ -2,7 +2,8 @@
 
 Transformers loads promises in place of tensors: it resolves files, renames keys, ties, reports
 what is missing and initialises that, all as ever. When its model is cut, each promise is kept by
-reading this rank's slice of the file; nothing that is sharded is ever whole.
+reading this rank's slice of the file; nothing that is sharded is ever whole. On CPUs a slice that
+the file has in one piece stays where it is, mapped, as Transformers' own weights do.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from tqdm import tqdm
 
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum
-from tensorpar.files.reading import Source, open_sources
+from tensorpar.files.reading import Source, open_sources, with_own_storage
 from tensorpar.large_pages import empty_in_large_pages
 from tensorpar.promise import Promise, origin_of
 from tensorpar.styles import Layout
 
 #: the fact by which ranks tell each other whether their loading went well.
 LOADED = "loading"
+#: of a shard: where in it, and what is there.
+Parts = list[tuple[tuple[Any, ...], torch.Tensor]]
 #: how many rows are compared at once where two tensors must be.
 _ROWS = 1024
 
@@ -56,18 +59,19 @@ class InFile(Promise):
     }
 
 
-def promises(files: Sequence[str]) -> dict[str, Any]:
+def promises(files: Sequence[str], *, may_map: bool = True) -> dict[str, Any]:
     """A promise for every tensor of checkpoint files, by its key; no value is read.
 
     Args:
         files: of safetensors, or of torch's pickles, which are mapped, not read.
+        may_map: whether a model may keep parts of the mapped files as its weights.
 
     Raises:
         ValueError: a file that is missing, truncated, or holds more than weights.
     """
     if files[0].endswith(".safetensors"):
         # the files stay mapped for as long as a promise is left
-        sources = open_sources(ExitStack(), files)
+        sources = open_sources(ExitStack(), files, last=may_map)
         return {
             key: InFile.of(source, source.shape, source.dtype) for key, source in sources.items()
         }
@@ -125,7 +129,7 @@ class Keeper:
         Raises:
             ValueError: Transformers has given the parameter another shape than the file has.
         """
-        from tensorpar.translators.slices import read_shard
+        from tensorpar.translators.slices import read_parts, shard_shape
 
         source = origin_of(promise)
         if source.shape != tuple(promise.shape):
@@ -133,20 +137,38 @@ class Keeper:
                 f"{source} has shape {source.shape}, required: {tuple(promise.shape)}; load it "
                 "outside tensor_parallelism(), save_pretrained, and load that"
             )
+        ranks = self.mesh.size(), self.mesh.get_local_rank()
         if layout is None:
-            values = source[...]
+            parts: Parts = [((...,), source[...])]
         else:
-            ranks = self.mesh.size(), self.mesh.get_local_rank()
-            values = read_shard(source, layout, shape, *ranks)
-        # the copy is this rank's own: a mapped file may be replaced under a running process
-        if self.mesh.device_type == "cpu":
-            own = empty_in_large_pages(values.shape, promise.dtype)
-        else:
-            own = torch.empty(values.shape, dtype=promise.dtype, device=self.mesh.device_type)
-        with torch.no_grad():
-            own.copy_(values)
+            parts = list(read_parts(source, layout, shape, *ranks))
+            shape = shard_shape(layout, shape, *ranks)
+        own = self._mapped(source, parts, promise.dtype)
+        if own is None:
+            own = self._copied(parts, shape, promise.dtype)
         self._bar.update()
         return own.requires_grad_(promise.requires_grad)
+
+    def _mapped(self, source: Source, parts: Parts, dtype: torch.dtype) -> torch.Tensor | None:
+        """The shard where the file has it, if it has it as one piece.
+
+        Nothing is copied, as in Transformers: the pages are the file's, those that are written to
+        become this process's own, and the file stays as it is.
+        """
+        if self.mesh.device_type != "cpu" or not source.lasts or len(parts) != 1:
+            return None
+        _, values = parts[0]
+        return with_own_storage(values) if values.dtype == dtype else None
+
+    @torch.no_grad()
+    def _copied(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if self.mesh.device_type == "cpu":
+            own = empty_in_large_pages(shape, dtype)
+        else:
+            own = torch.empty(shape, dtype=dtype, device=self.mesh.device_type)
+        for place, values in parts:
+            own[place].copy_(values)
+        return own
 
     def close(self) -> None:
         """All promises are kept."""

@@ -23,7 +23,7 @@ from tensorpar.styles import Layout
 
 from .problems import refuse
 from .safetensors_folder import Source, opened_folder, shape_of
-from .slices import hf_shape, read_shard
+from .slices import hf_shape, read_parts
 from .table import table_of
 
 S = TypeVar("S")
@@ -171,4 +171,5 @@ def _fill(target: Target, source: Source) -> None:
     if isinstance(tensor, DTensor):
         ranks = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    local.copy_(read_shard(source, target.layout, tensor.shape, *ranks))
+    for place, values in read_parts(source, target.layout, tensor.shape, *ranks):
+        local[place].copy_(values)

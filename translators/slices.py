@@ -6,7 +6,8 @@ is several fused projections, one range of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -56,26 +57,19 @@ def hf_ranges(
     return dim, [((i * size + start) * inner, (i * size + stop) * inner) for i in range(outer)]
 
 
-def shard_of(
-    layout: Layout, pieces: list[torch.Tensor], dim: int, sizes: Mapping[str, int]
-) -> torch.Tensor:
-    """A rank's shard in tensorpar layout, from the ranges that `hf_ranges` told.
-
-    Args:
-        layout: the parameter's.
-        pieces: the Hugging Face tensor's ranges, in order.
-        dim: the dim they are ranges of.
-        sizes: the full length of every axis.
-    """
-    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-    known = {axis: size for axis, size in sizes.items() if axis != layout.cut}
-    return layout.pattern.apply(joined, **known)
+def shard_shape(layout: Layout, shape: torch.Size, num_ranks: int, rank: int) -> torch.Size:
+    """The shape of a rank's shard in tensorpar layout; `shape` is that of the whole."""
+    sizes = list(shape)
+    if (dim := layout.shard_dim) is not None:
+        start, stop = chunk_bounds(sizes[dim], num_ranks, rank)
+        sizes[dim] = stop - start
+    return torch.Size(sizes)
 
 
-def read_shard(
+def read_parts(
     source: Any, layout: Layout, shape: torch.Size, num_ranks: int, rank: int
-) -> torch.Tensor:
-    """A rank's shard in tensorpar layout, of which nothing else is read.
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """What a rank's shard is made of, one read after the other; nothing else is read.
 
     Args:
         source: the Hugging Face tensor, or what reads slices of it when it is indexed.
@@ -84,19 +78,26 @@ def read_shard(
         num_ranks: the tensor-parallel degree.
         rank: the shard's.
 
-    Returns:
-        In the dtype of `source`; it may be a view of a mapped file.
+    Yields:
+        A place in the shard, a slice per dim, and what belongs there, in tensorpar layout and in
+        the dtype of `source`; a view of what `source` gave. None for an empty shard, one with
+        everything where the shard is one range.
     """
     sizes = axis_sizes(layout, shape)
     if layout.cut is None:
-        return layout.pattern.apply(source[...], **sizes)
+        yield (slice(None),) * len(sizes), layout.pattern.apply(source[...], **sizes)
+        return
     dim, ranges = hf_ranges(layout, sizes, num_ranks, rank)
+    group = _left_groups(layout.pattern)[dim]
+    outer = group[: group.index(layout.cut)]
     before = (slice(None),) * dim
-    pieces = [source[(*before, slice(start, stop))] for start, stop in ranges]
-    if not pieces:
-        empty = [0 if axis == layout.cut else size for axis, size in sizes.items()]
-        return torch.zeros(empty, dtype=source.dtype)
-    return shard_of(layout, pieces, dim, sizes)
+    known = {axis: size for axis, size in sizes.items() if axis != layout.cut}
+    known |= dict.fromkeys(outer, 1)
+    numbers = product(*(range(sizes[axis]) for axis in outer))
+    for number, (start, stop) in zip(numbers, ranges, strict=False):
+        place = {axis: slice(i, i + 1) for axis, i in zip(outer, number, strict=True)}
+        piece = layout.pattern.apply(source[(*before, slice(start, stop))], **known)
+        yield tuple(place.get(axis, slice(None)) for axis in sizes), piece
 
 
 def _left_groups(pattern: Pattern) -> list[list[str]]:

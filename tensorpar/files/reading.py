@@ -43,11 +43,13 @@ class Source:
     Args:
         handle: what can be indexed: safetensors' slice handle, or a tensor that is mapped.
         name: its key and file, for messages.
+        lasts: whether a view of the mapped file may be kept for good.
     """
 
-    def __init__(self, handle: Any, name: str = "") -> None:
+    def __init__(self, handle: Any, name: str = "", *, lasts: bool = False) -> None:
         self._handle = handle
         self.name = name
+        self.lasts = lasts
         in_memory = isinstance(handle, torch.Tensor)
         self.shape = tuple(handle.shape if in_memory else handle.get_shape())
         self.dtype = handle.dtype if in_memory else self._slice_without_values().dtype
@@ -81,12 +83,28 @@ class Source:
         return self.name or f"a tensor in memory of shape {self.shape}"
 
 
-def open_sources(stack: ExitStack, files: Iterable[str | PathLike[str]]) -> dict[str, Source]:
+def with_own_storage(view: torch.Tensor) -> torch.Tensor | None:
+    """The same memory as a tensor whose storage is its bytes and no others, as a parameter's is.
+
+    None where these bytes are not in one piece, or not where a tensor of their dtype may begin.
+    """
+    if not view.is_contiguous() or not view.numel() or view.data_ptr() % view.element_size():
+        return None
+    start = view.storage_offset() * view.element_size()
+    storage = view.untyped_storage()[start : start + view.nbytes]
+    alone = torch.empty(0, dtype=view.dtype, device=view.device)
+    return alone.set_(storage, 0, view.shape)  # type: ignore[call-overload]
+
+
+def open_sources(
+    stack: ExitStack, files: Iterable[str | PathLike[str]], *, last: bool = False
+) -> dict[str, Source]:
     """Every tensor of safetensors files by its key; headers are read, values are not.
 
     Args:
         stack: closes the files.
         files: whose keys are distinct; of equal ones the last counts.
+        last: whether views of the mapped files may be kept for good.
 
     Raises:
         ValueError: a file is missing or truncated.
@@ -101,5 +119,5 @@ def open_sources(stack: ExitStack, files: Iterable[str | PathLike[str]]) -> dict
                 "it again"
             ) from None
         for key in reader.keys():  # noqa: SIM118
-            sources[key] = Source(reader.get_slice(key), f"{key} in {file}")
+            sources[key] = Source(reader.get_slice(key), f"{key} in {file}", lasts=last)
     return sources

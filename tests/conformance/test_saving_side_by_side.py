@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,18 @@ class NoFiles:
         raise FileNotFoundError(path)
 
 
+class OtherFiles:
+    """What `io` is where the path leads to a file of another machine, as long as ours."""
+
+    @staticmethod
+    def FileIO(path: str, mode: str) -> Any:  # noqa: N802
+        other = Path(f"{path}.other")
+        other.write_bytes(bytes(Path(path).stat().st_size))
+        file = io.FileIO(other, mode)
+        other.unlink()
+        return file
+
+
 #: by arrangement, what `OwnParts.write` answers; it is not asked where no memory can be shared.
 TOGETHER = {
     "side by side": {"True"},
@@ -39,6 +53,7 @@ TOGETHER = {
     "apart": set(),
     "small pieces, apart": set(),
     "rank 1 on another machine": {"False"},
+    "rank 1 sees no files": {"False"},
     "rank 1 sees other files": {"False"},
 }
 
@@ -53,8 +68,10 @@ def arrange(patch: pytest.MonkeyPatch, arrangement: str) -> None:
         patch.setattr(own_parts, "make_shared", apart)
     if arrangement == "rank 1 on another machine" and dist.get_rank() == 1:
         patch.setattr(own_parts, "attached", lambda _: torch.zeros(8192, dtype=torch.uint8))
-    if arrangement == "rank 1 sees other files" and dist.get_rank() == 1:
+    if arrangement == "rank 1 sees no files" and dist.get_rank() == 1:
         patch.setattr(own_parts, "io", NoFiles)
+    if arrangement == "rank 1 sees other files" and dist.get_rank() == 1:
+        patch.setattr(own_parts, "io", OtherFiles)
 
 
 def saves(folder: str) -> dict[str, list[str]]:
@@ -189,3 +206,98 @@ def test_no_rank_holds_more_than_it_must(ranks, tmp_path):
     writer, *others = ranks(2).run(largest_allocation, folder, False)
     assert writer == 40 * 120 * 8  # the largest tensor; its memory is used again
     assert all(other <= 512 for other in others)
+
+
+class Late:
+    """Rank 1 of two, as late as the barriers of `OwnParts` allow; what was done is told by files.
+
+    Args:
+        folder: where ranks tell each other.
+        late: in "filling" shared memory, which rank 0 must wait for before it writes; or in
+            "writing" it, while rank 0 already fills the other half.
+    """
+
+    def __init__(self, folder: str, late: str) -> None:
+        self.folder, self.late, self.slab, self.number = Path(folder), late, -1, 0
+
+    def tell(self, step: str) -> None:
+        if dist.get_rank() == 0:
+            (self.folder / step).touch()
+
+    def await_(self, late: str, step: str) -> None:
+        if dist.get_rank() == 1 and late == self.late:
+            while not (self.folder / step).exists():
+                pass
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        cls, part = own_parts.OwnParts, file_parts.Part
+        together, anywhere, put, fill = (
+            cls._write_together,
+            cls._anywhere,
+            cls._put,
+            part.put_into,
+        )
+
+        def write_together(own: Any, parts: Any, error: Any) -> Any:
+            self.number = sum(1 for one in parts for _ in own_parts._slabs(*one))
+            return together(own, parts, error)
+
+        def late_fill(own: Any, *args: Any) -> None:
+            self.slab += 1
+            self.await_("filling", f"went on {self.slab}")
+            fill(own, *args)
+            self.tell(f"filled {self.slab}")
+
+        def told_anywhere(own: Any, error: Any) -> bool:
+            self.tell(f"went on {self.slab}")
+            return anywhere(own, error)
+
+        def late_put(own: Any, *args: Any) -> None:
+            if 0 <= self.slab < self.number - 1:
+                self.await_("writing", f"filled {self.slab + 1}")
+            put(own, *args)
+            self.tell(f"went on {self.slab}")
+
+        patch.setattr(cls, "_write_together", write_together)
+        patch.setattr(cls, "_anywhere", told_anywhere)
+        patch.setattr(cls, "_put", late_put)
+        patch.setattr(part, "put_into", late_fill)
+
+
+def saves_late(folder: str, late: str) -> int:
+    model = perturbed(Case(), parallel=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", 4 * SMALL_PIECES)
+        rank = Late(folder, late)
+        rank.patch(patch)
+        model.save_pretrained(f"{folder}/out")
+    return rank.number
+
+
+@pytest.mark.parametrize("late", ["filling", "writing"])
+def test_ranks_wait_for_each_other_where_they_must(ranks, tmp_path, late):
+    """One that is late has still put its part into every piece before another writes it."""
+    perturbed(Case(), parallel=False).save_pretrained(tmp_path / "theirs")
+    assert all(number > 9 for number in ranks(2).run(saves_late, str(tmp_path), late))
+    require_same_folders(tmp_path / "out", tmp_path / "theirs")
+
+
+def started(folder: str, together: bool) -> list[tuple[int, int]]:
+    """The stretches of a saved file that this rank lets the system bring to the disk."""
+    model, found = perturbed(Case(), parallel=True), []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (writing, own_parts):
+            patch.setattr(module, "start_writing", lambda _, at, length: found.append((at, length)))
+        if not together:
+            patch.setattr(own_parts, "make_shared", apart)
+        model.save_pretrained(folder)
+    return found
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_writing_to_the_disk_begins_with_every_piece(ranks, tmp_path, together):
+    """All bytes of the file are begun once, whoever writes them; the end has little to wait for."""
+    of_ranks = ranks(2).run(started, str(tmp_path / "out"), together)
+    found = sorted(stretch for of_rank in of_ranks for stretch in of_rank)
+    ends = [0, *(at + length for at, length in found)]
+    assert ends == [*(at for at, _ in found), (tmp_path / "out/model.safetensors").stat().st_size]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 import tensorpar as tp
 from tensorpar.planning import command as planning
 from tensorpar.translators import command as translating
+from tensorpar.translators import hf_to_smdistributed
 from tensorpar.translators.destination import num_bytes
+from tests.families import FAMILIES
+from tests.unit.test_translators_command import same, save_partial, saved_model
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -95,3 +100,23 @@ def test_commands_are_understood():
     assert (plan.tp, plan.dp, plan.dtype, str(plan.chart)) == (4, 2, "bfloat16", "plan.png")
     assert num_bytes(plan.memory) > 0
     assert len(known) == 6
+
+
+def test_commands_for_checkpoints(tmp_path, monkeypatch, capsys):
+    """Each line as it stands: GPT-J to four ranks and back, smdistributed's files to a model."""
+    config = FAMILIES[0].config(heads=4, inner=84)
+    hf = FAMILIES[0].state_dict(config)
+    saved_model("gptj", tmp_path / "gpt-j")
+    save_partial(tmp_path / "checkpoint", hf_to_smdistributed(hf, config))
+    config.to_json_file(tmp_path / "config.json")
+    monkeypatch.chdir(tmp_path)
+    (script,) = entry_points(group="console_scripts", name="tensorpar")
+    (commands,) = re.findall(r"```sh\n(tensorpar translate.*?)```", README, re.DOTALL)
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert (program, script.load()(arguments)) == ("tensorpar", 0), line
+    assert "degree 4" in capsys.readouterr().out
+    assert len(list(Path("gpt-j-tp4").glob("tensorpar-*-of-00004.safetensors"))) == 4
+    for file in Path("gpt-j").iterdir():
+        assert (Path("gpt-j-again") / file.name).read_bytes() == file.read_bytes()
+    assert same(transformers.GPT2LMHeadModel.from_pretrained("out").state_dict(), hf)

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from tensorpar.partition import shard
 from tensorpar.styles import Column, Row, VocabParallel
-from tensorpar.translators.slices import axis_sizes, hf_ranges, hf_shape, shard_of
+from tensorpar.translators.slices import (
+    axis_sizes,
+    hf_ranges,
+    hf_shape,
+    read_parts,
+    shard_shape,
+)
 from tests import strategies
 
 layouts = st.sampled_from(
@@ -19,6 +25,7 @@ layouts = st.sampled_from(
         for style in (
             Column(heads=heads, stored=stored),
             Column(blocks=3, heads=heads, stored=stored),
+            Column(blocks=3, heads=heads, stored=stored, interleaved=heads is not None),
             Row(heads=heads, stored=stored),
             VocabParallel(),
         )
@@ -30,19 +37,21 @@ layouts = st.sampled_from(
 
 @given(layouts, st.data(), strategies.world_sizes())
 def test_law_slices(layout, data, n):
-    """shard_of(slices of s) == shard(p(s), n) on every rank; nothing is read for an empty shard."""
+    """The parts of p⁻¹(x) make up shard(x, n) on every rank; they are read where they lie."""
     drawn = data.draw(strategies.axis_sizes(layout.pattern.right_axes, smallest=1))
     ours = torch.arange(torch.Size(list(drawn.values())).numel()).reshape(list(drawn.values()))
-    theirs = layout.pattern.inverse.apply(ours)
+    theirs = layout.pattern.inverse.apply(ours).contiguous()
     assert hf_shape(layout, ours.shape) == theirs.shape
-    sizes = axis_sizes(layout, ours.shape)
-    assert sizes == drawn
+    assert axis_sizes(layout, ours.shape) == drawn
+    memory = theirs.untyped_storage().data_ptr()
     for rank, expected in enumerate(shard(ours, layout.shard_dim, n)):
-        dim, ranges = hf_ranges(layout, sizes, n, rank)
-        pieces = [theirs.narrow(dim, start, stop - start) for start, stop in ranges]
-        assert sum(piece.numel() for piece in pieces) == expected.numel()
-        if pieces:
-            assert torch.equal(shard_of(layout, pieces, dim, sizes), expected)
+        filled = torch.full(shard_shape(layout, ours.shape, n, rank), -1)
+        parts = list(read_parts(theirs, layout, ours.shape, n, rank))
+        for place, values in parts:
+            assert values.untyped_storage().data_ptr() == memory
+            filled[place].copy_(values)
+        assert torch.equal(filled, expected)
+        assert sum(values.numel() for _, values in parts) == expected.numel()
 
 
 @given(layouts, st.data(), strategies.world_sizes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tensorpar.translators import converting
 from tensorpar.translators.command import main
 from tensorpar.translators.gpt2 import translate_hf_state_dict_to_smdistributed_gpt2
 from tests.families import FAMILIES
@@ -66,3 +67,24 @@ def test_inspect_tells_what_there_is(tmp_path, capsys, smd):
     assert "family     gpt2" in told
     run("inspect", tmp_path / "hf")
     assert "layout     hf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["hf", "tensorpar", "smdistributed"])
+def test_what_was_written_wrong_is_found_and_deleted(tmp_path, capsys, monkeypatch, layout):
+    """`--verify` reads the new files, so it sees a bit that the disk did not keep."""
+    saved_model("gpt2", tmp_path / "hf")
+    write = converting.write
+
+    def write_wrong(tensors, destination, folder, update):
+        write(tensors, destination, folder, update)
+        file = next(path for path in sorted(folder.iterdir()) if path.suffix != ".json")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+
+    monkeypatch.setattr(converting, "write", write_wrong)
+    degree = [] if layout == "hf" else ["--tp", "2"]
+    command = ["translate", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", layout, *degree]
+    assert main([*command, "--verify"]) == 1
+    assert "what was written is not what was read, and is deleted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -1,8 +1,8 @@
-"""`from_pretrained` under tensor parallelism against Transformers in one process, files in cache.
+"""`from_pretrained` under tensor parallelism against Transformers in one process.
 
 A turn ends when every parameter has been read once: the bits of all are added up, which also tells
-whether all contestants loaded the same. GPT-NeoX is also loaded by Transformers' own tensor
-parallelism. Run as `python benchmarks/bench_loading.py --size 1 --turns 5`.
+whether all contestants loaded the same. First with the file in the page cache, then without it, as
+far as the system lets go of it. GPT-NeoX is also loaded by Transformers' own tensor parallelism.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gc
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -20,13 +21,23 @@ from typing import Any
 
 import torch
 from contest import Seat, alternate, entered, ratio, record
-from folders import affordable, file_system, make_model, parse_arguments
 from peak_memory import Peak
 from torch.distributed.tensor import DTensor
 
+from checkpoints.folders import (
+    affordable,
+    bring_into_cache,
+    drop_from_cache,
+    file_system,
+    make_model,
+)
 
-def main() -> None:
-    args = parse_arguments(__doc__)
+FILE = "model.safetensors"
+#: a slow disk takes half a minute for a turn.
+MOST_COLD_TURNS = 3
+
+
+def measure(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-loading-") as name:
         folder = Path(name)
@@ -34,32 +45,54 @@ def main() -> None:
         for family in ("gptj", "gptneox"):
             source = folder / family
             make_model(source, size, family)
-            num_bytes = (source / "model.safetensors").stat().st_size
+            num_bytes = (source / FILE).stat().st_size
             print(f"{family}: {num_bytes / 1e9:.2f} GB on {file_system(folder)}")
-            result[family] = {"bytes": num_bytes, **contest(args, family, source, num_bytes)}
+            result[family] = {"bytes": num_bytes}
+            for cache, prepare in (
+                ("in the cache", bring_into_cache),
+                ("dropped", drop_from_cache),
+            ):
+                print(f"the file {cache}:")
+                result[family][cache] = contest(args, family, source, prepare)
     record("loading_cpu", result)
 
 
-def contest(args: argparse.Namespace, family: str, source: Path, num_bytes: int) -> dict[str, Any]:
-    """Turns of all contestants for one model."""
-    entries: dict[str, tuple[Callable[..., Any], int]] = {
-        "transformers": (partial(loads, str(source), "one process"), 1),
-        "tensorpar, tp 2": (partial(loads, str(source), "tensorpar"), 2),
-        "tensorpar, tp 4": (partial(loads, str(source), "tensorpar"), 4),
+def contest(
+    args: argparse.Namespace, family: str, source: Path, prepare: Callable[[Path], bool | None]
+) -> dict[str, Any]:
+    """Turns of all contestants for one model, its file prepared before each."""
+    cold = prepare is drop_from_cache
+    if cold and not prepare(source / FILE):
+        print("not shown, the system keeps its pages")
+        return {}
+    ways = {
+        "transformers": ("one process", 1),
+        "tensorpar, tp 2": ("tensorpar", 2),
+        "tensorpar, tp 4": ("tensorpar", 4),
     }
     if family == "gptneox":
-        entries["transformers, tp 2"] = (partial(loads, str(source), "transformers"), 2)
+        ways["transformers, tp 2"] = ("transformers", 2)
+    entries = {
+        name: (partial(loads, str(source), way, prepare), ranks)
+        for name, (way, ranks) in ways.items()
+    }
     with ExitStack() as stack:
         contestants = entered(stack, entries, args.threads, source.parent)
-        times, results = alternate(contestants, warmup=1, turns=args.turns)
+        turns = min(args.turns, MOST_COLD_TURNS) if cold else args.turns
+        _, results = alternate(contestants, warmup=1, turns=turns)
     if len({told["sum"] for turns in results.values() for told in turns}) > 1:
         raise SystemExit("the contestants loaded different values")
-    return {
-        name: row(name, times, results[name][1:], num_bytes, entries[name][1]) for name in entries
+    times = {
+        name: [max(rank["seconds"] for rank in told["ranks"]) for told in results[name][1:]]
+        for name in entries
     }
+    num_bytes = (source / FILE).stat().st_size
+    return {name: row(name, times, results[name][1:], num_bytes) for name in entries}
 
 
-def loads(source: str, way: str, seat: Seat) -> Callable[[], dict[str, Any]]:
+def loads(
+    source: str, way: str, prepare: Callable[[Path], object], seat: Seat
+) -> Callable[[], dict[str, Any]]:
     """A process that loads the model and forgets it, time after time."""
     import transformers
 
@@ -76,13 +109,20 @@ def loads(source: str, way: str, seat: Seat) -> Callable[[], dict[str, Any]]:
         options["tp_plan"] = "auto"
 
     def turn() -> dict[str, Any]:
-        gc.collect()
+        if seat.rank == 0:
+            prepare(Path(source) / FILE)
+        seat.from_all(None)
         context = tensorpar.tensor_parallelism if way == "tensorpar" else nullcontext
-        with Peak() as peak, counting() as requested, context():
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        with Peak() as peak, counting() as requested:
+            start = time.perf_counter()
+            with context():
+                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
             total, held = read_once(model, seat)
+            seconds = time.perf_counter() - start
+        del model
+        gc.collect()  # what is mapped stays in the cache
         told = {"requested": requested.num_bytes, "peak": peak.bytes, "held": held}
-        return {"sum": total, "ranks": seat.from_all(told)}
+        return {"sum": total, "ranks": seat.from_all(told | {"seconds": seconds})}
 
     return turn
 
@@ -107,7 +147,6 @@ def row(
     times: dict[str, list[float]],
     results: list[dict[str, Any]],
     num_bytes: int,
-    num_ranks: int,
 ) -> dict[str, Any]:
     """What is told of a contestant: by rank the largest number."""
     most = {
@@ -121,8 +160,4 @@ def row(
         f"   of the file: holds {share['held']:.3f}, requested {share['requested']:.3f}, "
         f"peak {share['peak']:.3f}"
     )
-    return {"seconds": times[name], "ratio": against, "ranks": num_ranks, "of the file": share}
-
-
-if __name__ == "__main__":
-    main()
+    return {"seconds": times[name], "ratio": against, "of the file": share}

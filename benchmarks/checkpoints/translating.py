@@ -2,8 +2,7 @@
 
 Both contestants alternate within one run, so that what else the machine does hits both alike; what
 ours wrote is compared with what it read before any time is believed. Memory is RssAnon, sampled
-all the time, above its value after imports. Run as
-`python benchmarks/bench_translate.py --size 6 --pairs 5`.
+all the time, above its value after imports.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import multiprocessing as mp
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,15 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from contest import record
-from folders import affordable, file_system, make_model, settle
 from peak_memory import anonymous_bytes
 from tqdm import tqdm
 
+from checkpoints.folders import affordable, file_system, make_model, settle
+
 MB = 1 << 20
+#: of the model, that the naive way holds at once, and some room.
+NAIVE_COPIES = 1.6
 
 
-def main() -> None:
-    args = parse_arguments()
+def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-translate-") as name:
         folder = Path(name)
         size = affordable(args.size, folder)
@@ -46,11 +46,11 @@ def main() -> None:
         verify(source, sharded)
         rows = {
             f"hf to tp {args.tp}": alternate(
-                args.pairs, source, folder / "out", "tensorpar", args.tp
+                args.turns, source, folder / "out", "tensorpar", args.tp
             ),
-            f"tp {args.tp} to hf": alternate(args.pairs, sharded, folder / "out", "hf", None),
+            f"tp {args.tp} to hf": alternate(args.turns, sharded, folder / "out", "hf", None),
         }
-        naive = in_process(naive_way, str(source), str(folder / "naive"), args.tp)
+        naive = naively(source, size, args.tp)
         model = {
             "billions": size,
             "bytes": num_bytes,
@@ -58,15 +58,6 @@ def main() -> None:
             "file system": file_system(folder),
         }
     report(args, rows, naive, model)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=float, default=6, help="billions of parameters")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--tp", type=int, default=4)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    return parser.parse_args()
 
 
 def alternate(
@@ -114,6 +105,19 @@ def run_command(*arguments: str) -> int:
 
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return command(arguments)
+
+
+def naively(source: Path, size: float, tp: int) -> dict[str, Any]:
+    """What the naive way takes; with a smaller model where this machine's memory asks for one."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(told["MemAvailable"].split()[0]) * 1024
+    possible = available / (2e9 * NAIVE_COPIES)
+    if size > possible:
+        size, source = int(possible * 10) / 10, source.with_name("smaller")
+        print(f"load all, translate, save all: {available / 1e9:.0f} GB of memory, size {size}")
+        make_model(source, size)
+    out = source.with_name("naive")
+    return {"billions": size, **in_process(naive_way, str(source), str(out), tp)}
 
 
 def naive_way(source: str, out: str, tp: int) -> None:
@@ -194,8 +198,12 @@ def report(
             f"{name:16}{rates[0]:9.2f}{rates[1]:11.2f}{statistics.median(ratios):8.2f}{spread:>14}"
             f"{memory / MB:7.0f} MB"
         )
+    naive["memory ratio"] = naive["memory"] / max(row["peak RssAnon"] for row in summary.values())
     told = f"{naive['seconds']:.1f} s, RssAnon {naive['memory'] / MB:.0f} MB"
-    print(f"hf to tp {args.tp}, load all, translate, save all: {told}")
+    print(
+        f"hf to tp {args.tp}, load all, translate, save all, {naive['billions']} billions: {told}, "
+        f"{naive['memory ratio']:.0f} times ours"
+    )
     print(f"limit of RssAnon: 2 x the largest tensor + 256 MB = {limit / MB:.0f} MB")
     result = {
         "summary": summary,
@@ -206,7 +214,3 @@ def report(
         "arguments": {key: str(value) for key, value in vars(args).items()},
     }
     record("translate_cpu", result)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

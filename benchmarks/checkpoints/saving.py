@@ -7,12 +7,11 @@ syncing taken out; each is compared with the other's same way.
 On a virtual machine that returns free memory to its host, the unsynced times of Transformers differ
 by a factor of ten from turn to turn: it writes a tensor by one call, for which Linux takes large
 pages, and these the host may have to give first. Believe the synced ones there.
-
-Run as `python benchmarks/bench_saving.py --size 1 --turns 5`.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
 import subprocess
@@ -27,14 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from contest import Seat, alternate, entered, ratio, record
-from folders import affordable, file_system, make_model, parse_arguments, settle
 from peak_memory import Peak
+
+from checkpoints.folders import affordable, file_system, make_model, settle
 
 MB = 1 << 20
 
 
-def main() -> None:
-    args = parse_arguments(__doc__)
+def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-saving-") as name:
         folder = Path(name)
         source = folder / "hf"
@@ -120,7 +119,3 @@ def row(name: str, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         f"{against:22}RssAnon {memory} MB"
     )
     return {"seconds": seconds, "ratio": quotient, "of": against, "peak RssAnon by rank": peaks}
-
-
-if __name__ == "__main__":
-    main()

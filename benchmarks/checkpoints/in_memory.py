@@ -1,10 +1,8 @@
-"""Translating a state dict in memory: microseconds per key, and how much is a view of its input.
-
-Run as `python benchmarks/bench_in_memory.py`.
-"""
+"""Translating a state dict in memory: microseconds per key, and how much is a view of its input."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -17,7 +15,7 @@ from tensorpar.translators import from_hf, to_hf
 LAYERS, TURNS = 28, 21
 
 
-def main() -> None:
+def measure(_: argparse.Namespace) -> None:
     import transformers
 
     config = transformers.GPTJConfig(
@@ -54,7 +52,3 @@ def told(translate: Any, tensors: dict[str, Any], config: dict[str, Any]) -> dic
         "microseconds per key": statistics.median(seconds) / len(tensors) * 1e6,
         "share of views": sum(views) / len(views),
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -12,16 +11,6 @@ import torch
 from tqdm import tqdm
 
 WIDTH, INNER, HEADS, VOCABULARY = 4096, 16384, 16, 50400
-
-
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """What a contest over one checkpoint can be told."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--size", type=float, default=1, help="billions of parameters")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    return parser.parse_args()
 
 
 def affordable(size: float, folder: Path) -> float:
@@ -79,6 +68,23 @@ def settle(out: Path) -> None:
     """Nothing left of the run before, in the folder or on its way to the disk."""
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync", "-f", out.parent], check=True)
+
+
+def bring_into_cache(file: Path) -> None:
+    """Read a file, so that its pages are there; a machine may drop them within a minute."""
+    with file.open("rb", buffering=0) as source:
+        while source.read(1 << 24):
+            pass
+
+
+def drop_from_cache(file: Path) -> bool:
+    """Let the system forget a file's pages, which nobody may have mapped; whether it has."""
+    with file.open("rb") as source:
+        os.fsync(source.fileno())
+        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", file]
+    left = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(left) < file.stat().st_size / 100
 
 
 def file_system(folder: Path) -> str:

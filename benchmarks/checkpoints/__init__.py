@@ -1,0 +1,1 @@
+"""The parts of `bench_checkpoint.py`: each measures one thing and records it."""
