@@ -2,10 +2,9 @@
 
 The limit is half of what one process takes on one core, plus the latency of the collectives that
 tensorpar calls for a token, measured in the same run between the same processes. Beside it stands
-what the ranks take for their halves at once with nothing sent, plus that latency: each of them
-repeats what `generate` does itself (processors of whole logits, the choice of a token), and they
-share the memory's bandwidth. All contestants must choose the same tokens. Run as
-`python benchmarks/bench_decode.py --families gptj`.
+the least work: the products, fused attention and collectives of tensorpar's ranks alone, without
+what `generate` and the modules do between them, which every rank repeats. All contestants must
+choose the same tokens. Run as `python benchmarks/bench_decode.py --families gptj`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from chart import bars
 from contest import Contestant, Seat, alternate, present, ratio, record
+from least import LEAST, least
 from models import Shape
 from systems import GENERATING, SYSTEMS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
 PROMPT = 32
 ONE_CORE = "one process, one core"
-HALVES = "halves at once"
 
 
 def main() -> None:
@@ -58,37 +57,41 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
         def way(work: Callable[[Seat], Any], ranks: int, threads: int) -> Callable[[], Contestant]:
             return partial(Contestant, work, ranks, threads, folder)
 
-        ways = {ONE_CORE: way(partial(decode, "one process", shape, args.tokens), 1, 1)}
+        def work(system: str) -> Callable[[Seat], Any]:
+            return partial(decode, system, shape, num_tokens=args.tokens)
+
+        ways = {ONE_CORE: way(work("one process"), 1, 1)}
         for name in args.systems:
             ranks = 1 if name == "one process" else args.tp
-            ways[name] = way(partial(decode, name, shape, args.tokens), ranks, args.tp)
+            ways[name] = way(work(name), ranks, args.tp)
         contestants = present(stack, ways)
-        halves = stack.enter_context(
-            way(partial(decode_apart, shape, args.tokens), args.tp, args.tp)()
-        )
-        waits = stack.enter_context(way(partial(latency, shape), args.tp, args.tp)())
-        others = {HALVES: halves, "latency": waits}
-        times, results = alternate({**contestants, **others}, args.warmup, args.pairs)
+        alone = {
+            LEAST: partial(least, partial(decode, num_tokens=args.tokens), shape),
+            "latency": partial(latency, shape),
+        }
+        bounds = {
+            name: stack.enter_context(way(one, args.tp, args.tp)()) for name, one in alone.items()
+        }
+        times, results = alternate({**contestants, **bounds}, args.warmup, args.pairs)
     require_same_tokens({name: results[name] for name in contestants})
     collectives = results["tensorpar"][0][1] / args.tokens
     a_call = statistics.median(results["latency"][args.warmup :])
-    each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in contestants}
-    waiting = 1e3 * a_call * collectives
-    limit = each[ONE_CORE] / args.tp + waiting
-    apart = 1e3 * statistics.median(times[HALVES]) / args.tokens + waiting
+    timed = [*contestants, LEAST]
+    each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in timed}
+    limit = each[ONE_CORE] / args.tp + 1e3 * a_call * collectives
     print(f"{collectives:.1f} collectives a token of {1e3 * a_call:.3f} ms; limit {limit:.2f} ms")
-    print(f"{HALVES} and collectives {apart:.2f} ms, {apart / limit:.2f} of it")
-    print(f"{'':24}{'ms a token':>12}{'to limit':>10}{'tensorpar to it':>17}")
+    print(f"{'':24}{'ms a token':>12}{'to limit':>10}{'limit to it':>13}{'tensorpar to it':>17}")
     systems = {}
     for name, value in each.items():
         ours = ratio(times["tensorpar"], times[name])
         systems[name] = {"ms a token": value, "tensorpar's ratio to it": ours}
-        print(f"{name:24}{value:12.2f}{value / limit:10.2f}{ours['median']:17.2f}")
+        print(
+            f"{name:24}{value:12.2f}{value / limit:10.2f}{limit / value:13.2f}{ours['median']:17.2f}"
+        )
     return {
         "family": shape.family,
         "batch": shape.batch,
         "limit": limit,
-        "halves at once and collectives": apart,
         "collectives": collectives,
         "latency": a_call,
         "systems": systems,
@@ -96,7 +99,7 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(
-    system: str, shape: Shape, num_tokens: int, seat: Seat
+    system: str, shape: Shape, seat: Seat, num_tokens: int
 ) -> Callable[[], tuple[list[list[int]], int]]:
     """What a contestant generates, and how many collectives it called."""
     made = GENERATING[system](shape, seat)
@@ -119,14 +122,6 @@ def decode(
         return out[:, PROMPT:].tolist(), counted
 
     return timed
-
-
-def decode_apart(shape: Shape, num_tokens: int, seat: Seat) -> Callable[[], object]:
-    """tensorpar's work of all ranks at once with nothing sent; the tokens mean nothing."""
-    turn = decode("tensorpar", shape, num_tokens, seat)
-    torch.distributed.all_reduce = lambda *_, **__: None
-    torch.distributed.all_gather = lambda parts, own, **_: [part.copy_(own) for part in parts]
-    return turn
 
 
 def latency(shape: Shape, _: Seat) -> Callable[[], float]:
@@ -176,9 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)

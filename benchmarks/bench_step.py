@@ -19,14 +19,13 @@ from typing import Any
 
 from chart import bars
 from contest import Contestant, Work, alternate, present, ratio, record, require_equal
-from least import least
+from least import LEAST, least
 from models import FAMILIES, Shape
 from systems import EVALUATING, SYSTEMS, forward_only, training_step
 
 #: dropout draws other masks on other systems, so their losses only resemble each other.
 MAX_LOSS_DIFFERENCE, MAX_DROPOUT_DIFFERENCE = 1e-3, 1.0
 WORK = {"train": training_step, "forward": forward_only}
-LEAST = "least work"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+LEAST = "least work"
 KERNELS = (
     "mm",
     "addmm",
@@ -50,9 +51,9 @@ class Recorder(TorchDispatchMode):
 
 
 def least(
-    step_of_system: Callable[[str, Shape, Seat], Callable[[], float]], shape: Shape, seat: Seat
+    step_of_system: Callable[[str, Shape, Seat], Callable[[], Any]], shape: Shape, seat: Seat
 ) -> Callable[[], None]:
-    """What of tensorpar's step or forward must be done, to be repeated."""
+    """What of tensorpar's step, forward or decoding must be done, to be repeated."""
     step = step_of_system("tensorpar", shape, seat)
     with Recorder() as seen:
         step()
