@@ -86,7 +86,8 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
         ours = ratio(times["tensorpar"], times[name])
         systems[name] = {"ms a token": value, "tensorpar's ratio to it": ours}
         print(
-            f"{name:24}{value:12.2f}{value / limit:10.2f}{limit / value:13.2f}{ours['median']:17.2f}"
+            f"{name:24}{value:12.2f}{value / limit:10.2f}{limit / value:13.2f}"
+            f"{ours['median']:17.2f}"
         )
     return {
         "family": shape.family,
