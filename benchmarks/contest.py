@@ -6,6 +6,7 @@ not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing as mp
 import platform
@@ -68,6 +69,9 @@ class Seat:
 Work = Callable[[Seat], Callable[[], Any]]
 
 
+_meetings = itertools.count()
+
+
 class AbsentError(Exception):
     """A contestant that cannot take part."""
 
@@ -89,9 +93,11 @@ class Contestant:
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
         self.cpu_seconds: list[float] = []
+        # no two contestants', not even one's that has gone: its addresses would be found there
+        meeting = f"{folder}/{next(_meetings)}"
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            seat = Seat(rank, ranks, max(threads // ranks, 1), f"{folder}/{id(self)}")
+            seat = Seat(rank, ranks, max(threads // ranks, 1), meeting)
             process = context.Process(target=_serve, args=(theirs, work, seat), daemon=True)
             process.start()
             theirs.close()  # or its end would not be noticed
