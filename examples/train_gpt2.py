@@ -114,23 +114,27 @@ def fit(
     precision = torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
     seconds = []
     steps = range(done + 1, args.steps + 1)
-    for step in (bar := tqdm(steps, desc=args.name, disable=not is_first(), mininterval=1)):
-        started = time.perf_counter()
-        x = batches.draw()
-        with precision:
-            loss = model(input_ids=x, labels=x).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-        losses.append(statistics.fmean(on_all_ranks(loss.item())))  # replicas have as many rows
-        if step % EVAL_EVERY == 0 or step == args.steps:
-            held_out_losses[step] = evaluate(model, held_out)
-            bar.set_postfix(train=losses[-1], held_out=held_out_losses[step])
-            if args.checkpoints:
+    with tp.preemption() if args.checkpoints else nullcontext(lambda: False) as preempted:
+        for step in (bar := tqdm(steps, desc=args.name, disable=not is_first(), mininterval=1)):
+            started = time.perf_counter()
+            x = batches.draw()
+            with precision:
+                loss = model(input_ids=x, labels=x).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - started)
+            losses.append(statistics.fmean(on_all_ranks(loss.item())))  # replicas have as many rows
+            leaving = preempted()
+            if evaluates := step % EVAL_EVERY == 0 or step == args.steps:
+                held_out_losses[step] = evaluate(model, held_out)
+                bar.set_postfix(train=losses[-1], held_out=held_out_losses[step])
+            if args.checkpoints and (evaluates or leaving):
                 tp.save_checkpoint(args.checkpoints, step, **state, user_content=history)
+            if leaving:
+                raise SystemExit(f"told to leave, saved after step {step}; run again to go on")
     return losses, seconds, held_out_losses
 
 
@@ -209,7 +213,9 @@ def options(words: list[str] | None = None) -> Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--checkpoints", help="folder or URL of checkpoints, to resume from")
+    parser.add_argument(
+        "--checkpoints", help="folder or URL to resume from; SIGTERM saves and ends"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each rank")
     args = parser.parse_args(words)
     if not dist.is_torchelastic_launched() and (

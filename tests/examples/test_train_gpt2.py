@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +20,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 3
 
 
-def losses(folder: str, degree: int, *given: str) -> list[float]:
+def losses(folder: str, degree: int, *given: str, evaluated: int = 1) -> list[float]:
     """Of every step of the script's own training, from where the folder's checkpoints stand."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         import train_gpt2
 
-        patch.setattr(train_gpt2, "EVAL_EVERY", 1)
+        patch.setattr(train_gpt2, "EVAL_EVERY", evaluated)
         if degree > 1:
             patch.setenv("TORCHELASTIC_RUN_ID", "a test")  # as torchrun does
         ids = torch.randint(97, (1000,), generator=torch.Generator().manual_seed(0))
@@ -37,7 +40,7 @@ def losses(folder: str, degree: int, *given: str) -> list[float]:
             assert isinstance(model, tensorpar.DistributedModel)
             assert isinstance(model.module.transformer.h[0], SplitBlock)
             assert (tensorpar.dp_size(), tensorpar.tp_size()) == (2, 2)
-        assert list(held_out) == list(range(STEPS + 1))
+        assert list(held_out) == list(range(0, STEPS + 1, evaluated))
         return found
 
 
@@ -58,6 +61,36 @@ def test_options_change_no_loss(ranks, tmp_path, given, tolerance):
     assert whole[0] == pytest.approx(reference, abs=tolerance)
     shutil.rmtree(tmp_path / f"step-{STEPS:09}")
     assert world.run(losses, str(tmp_path), 2, *given) == whole
+
+
+def told_to_leave(folder: str, step: int) -> str:
+    """What the script ends with when one rank gets a SIGTERM in a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import train_gpt2
+
+        draw, drawn = train_gpt2.Batches.draw, []
+
+        def draw_and_tell(batches: Any) -> torch.Tensor:
+            drawn.append(None)
+            if len(drawn) == step and tensorpar.rank() == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return draw(batches)
+
+        patch.setattr(train_gpt2.Batches, "draw", draw_and_tell)
+        with pytest.raises(SystemExit) as told:
+            losses(folder, 2, evaluated=STEPS)
+        return str(told.value)
+
+
+def test_a_sigterm_saves_and_ends(ranks, tmp_path):
+    """On all ranks, after the step that one was told in; the run continues bit for bit."""
+    world = ranks(4, tensor_parallel_degree=2)
+    run = partial(losses, evaluated=STEPS)
+    whole = world.run(run, str(tmp_path / "whole"), 2)
+    told = world.run(told_to_leave, str(tmp_path / "left"), 2)
+    assert told == ["told to leave, saved after step 2; run again to go on"] * 4
+    assert world.run(run, str(tmp_path / "left"), 2) == whole
 
 
 def test_the_commands_that_it_shows(capsys):
