@@ -90,6 +90,7 @@ def test_a_sigterm_saves_and_ends(ranks, tmp_path):
     whole = world.run(run, str(tmp_path / "whole"), 2)
     told = world.run(told_to_leave, str(tmp_path / "left"), 2)
     assert told == ["told to leave, saved after step 2; run again to go on"] * 4
+    assert [folder.name for folder in (tmp_path / "left").iterdir()] == ["step-000000002"]
     assert world.run(run, str(tmp_path / "left"), 2) == whole
 
 
