@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -171,13 +172,19 @@ def end_this_process(faults: Faults, name: str, by: signal.Signals = signal.SIGK
 
 
 def tell_torchrun_to_go(faults: Faults) -> None:
-    """And wait until it has told this rank, so that all know by the end of the step."""
+    """And wait until it has told this rank, so that all know by the end of the step.
+
+    Whichever of the process's threads the signal is given to, its number is written to the wakeup
+    descriptor.
+    """
     faults.note("sigterm")
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    os.kill(os.getppid(), signal.SIGTERM)
-    signal.sigwait({signal.SIGTERM})
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    signal.raise_signal(signal.SIGTERM)
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+    with told, tell:
+        before = signal.set_wakeup_fd(tell.fileno())
+        os.kill(os.getppid(), signal.SIGTERM)
+        told.recv(1)
+        signal.set_wakeup_fd(before)
 
 
 def end_the_first_node(faults: Faults) -> None:
