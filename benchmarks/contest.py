@@ -26,6 +26,8 @@ import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
+#: what contestants need, imported once for all of them.
+SLOW_IMPORTS = ("transformers.models.auto.modeling_auto", "tensorpar.nn.huggingface")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Contestant:
     """
 
     def __init__(self, work: Work, ranks: int, threads: int, folder: str) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", *SLOW_IMPORTS])
         self.pipes, self.processes = [], []
         self.cpu_seconds: list[float] = []
         # no two contestants', not even one's that has gone: its addresses would be found there
