@@ -1,10 +1,12 @@
 """Greedy decoding, milliseconds a token: tensorpar beside one process, its peers and the limit.
 
 The limit is half of what one process takes on one core, plus the latency of the collectives that
-tensorpar calls for a token, measured in the same run between the same processes. Beside it stands
-the least work: the products, fused attention and collectives of tensorpar's ranks alone, without
-what `generate` and the modules do between them, which every rank repeats. All contestants must
-choose the same tokens. Run as `python benchmarks/bench_decode.py --families gptj`.
+tensorpar calls for a token, measured in the same run between the same processes. It halves the
+Python of `generate` and of the modules too, which every rank repeats; so beside it stands the
+floor, which halves only the rest. That Python is what one process takes at width 64 with a small
+vocabulary: there is hardly any arithmetic. The least work is the products, fused attention and
+collectives of tensorpar's ranks alone. All contestants must choose the same tokens. Run as
+`python benchmarks/bench_decode.py --families gptj`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
 PROMPT = 32
 ONE_CORE = "one process, one core"
+PYTHON = "its Python"
 
 
 def main() -> None:
@@ -65,34 +69,45 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
             ranks = 1 if name == "one process" else args.tp
             ways[name] = way(work(name), ranks, args.tp)
         contestants = present(stack, ways)
+        tiny = replace(shape, width=64, vocabulary=128)
         alone = {
-            LEAST: partial(least, partial(decode, num_tokens=args.tokens), shape),
-            "latency": partial(latency, shape),
+            LEAST: (partial(least, partial(decode, num_tokens=args.tokens), shape), args.tp),
+            "latency": (partial(latency, shape), args.tp),
+            PYTHON: (partial(decode, "one process", tiny, num_tokens=args.tokens), 1),
         }
         bounds = {
-            name: stack.enter_context(way(one, args.tp, args.tp)()) for name, one in alone.items()
+            name: stack.enter_context(way(one, ranks, ranks)())
+            for name, (one, ranks) in alone.items()
         }
         times, results = alternate({**contestants, **bounds}, args.warmup, args.pairs)
     require_same_tokens({name: results[name] for name in contestants})
     collectives = results["tensorpar"][0][1] / args.tokens
     a_call = statistics.median(results["latency"][args.warmup :])
-    timed = [*contestants, LEAST]
+    timed = [*contestants, LEAST, PYTHON]
     each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in timed}
     limit = each[ONE_CORE] / args.tp + 1e3 * a_call * collectives
-    print(f"{collectives:.1f} collectives a token of {1e3 * a_call:.3f} ms; limit {limit:.2f} ms")
-    print(f"{'':24}{'ms a token':>12}{'to limit':>10}{'limit to it':>13}{'tensorpar to it':>17}")
+    floor = limit + each[PYTHON] * (1 - 1 / args.tp)
+    print(
+        f"{collectives:.1f} collectives a token of {1e3 * a_call:.3f} ms; limit {limit:.2f} ms, "
+        f"floor {floor:.2f} ms"
+    )
+    print(
+        f"{'':24}{'ms a token':>12}{'to limit':>10}{'to floor':>10}{'floor to it':>13}"
+        f"{'tensorpar to it':>17}"
+    )
     systems = {}
     for name, value in each.items():
         ours = ratio(times["tensorpar"], times[name])
         systems[name] = {"ms a token": value, "tensorpar's ratio to it": ours}
         print(
-            f"{name:24}{value:12.2f}{value / limit:10.2f}{limit / value:13.2f}"
-            f"{ours['median']:17.2f}"
+            f"{name:24}{value:12.2f}{value / limit:10.2f}{value / floor:10.2f}"
+            f"{floor / value:13.2f}{ours['median']:17.2f}"
         )
     return {
         "family": shape.family,
         "batch": shape.batch,
         "limit": limit,
+        "floor": floor,
         "collectives": collectives,
         "latency": a_call,
         "systems": systems,
