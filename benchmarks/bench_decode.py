@@ -1,12 +1,11 @@
 """Greedy decoding, milliseconds a token: tensorpar beside one process, its peers and the limit.
 
 The limit is half of what one process takes on one core, plus the latency of the collectives that
-tensorpar calls for a token, measured in the same run between the same processes. It halves the
-Python of `generate` and of the modules too, which every rank repeats; so beside it stands the
-floor, which halves only the rest. That Python is what one process takes at width 64 with a small
-vocabulary: there is hardly any arithmetic. The least work is the products, fused attention and
-collectives of tensorpar's ranks alone. All contestants must choose the same tokens. Run as
-`python benchmarks/bench_decode.py --families gptj`.
+tensorpar calls for a token, measured in the same run between the same processes. It halves what
+`generate` and the modules do between products, too, which every rank repeats. So beside it stands
+the floor: the least work of tensorpar's ranks, their products, fused attention and collectives
+alone, and all that one process does between its own. All contestants must choose the same tokens.
+Run as `python benchmarks/bench_decode.py --families gptj`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
 PROMPT = 32
 ONE_CORE = "one process, one core"
-PYTHON = "its Python"
+ITS_LEAST = "its least work"
 
 
 def main() -> None:
@@ -69,11 +67,11 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
             ranks = 1 if name == "one process" else args.tp
             ways[name] = way(work(name), ranks, args.tp)
         contestants = present(stack, ways)
-        tiny = replace(shape, width=64, vocabulary=128)
+        products = partial(least, partial(decode, num_tokens=args.tokens), shape)
         alone = {
-            LEAST: (partial(least, partial(decode, num_tokens=args.tokens), shape), args.tp),
+            LEAST: (products, args.tp),
+            ITS_LEAST: (partial(products, system="one process"), 1),
             "latency": (partial(latency, shape), args.tp),
-            PYTHON: (partial(decode, "one process", tiny, num_tokens=args.tokens), 1),
         }
         bounds = {
             name: stack.enter_context(way(one, ranks, ranks)())
@@ -83,10 +81,10 @@ def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
     require_same_tokens({name: results[name] for name in contestants})
     collectives = results["tensorpar"][0][1] / args.tokens
     a_call = statistics.median(results["latency"][args.warmup :])
-    timed = [*contestants, LEAST, PYTHON]
+    timed = [*contestants, ITS_LEAST, LEAST]
     each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in timed}
     limit = each[ONE_CORE] / args.tp + 1e3 * a_call * collectives
-    floor = limit + each[PYTHON] * (1 - 1 / args.tp)
+    floor = each[LEAST] + each[ONE_CORE] - each[ITS_LEAST]
     print(
         f"{collectives:.1f} collectives a token of {1e3 * a_call:.3f} ms; limit {limit:.2f} ms, "
         f"floor {floor:.2f} ms"

@@ -51,10 +51,13 @@ class Recorder(TorchDispatchMode):
 
 
 def least(
-    step_of_system: Callable[[str, Shape, Seat], Callable[[], Any]], shape: Shape, seat: Seat
+    step_of_system: Callable[[str, Shape, Seat], Callable[[], Any]],
+    shape: Shape,
+    seat: Seat,
+    system: str = "tensorpar",
 ) -> Callable[[], None]:
-    """What of tensorpar's step, forward or decoding must be done, to be repeated."""
-    step = step_of_system("tensorpar", shape, seat)
+    """What of a system's step, forward or decoding must be done, to be repeated."""
+    step = step_of_system(system, shape, seat)
     with Recorder() as seen:
         step()
 
