@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorpar.large_pages import empty_in_large_pages
+from tensorpar.paging import empty_in_large_pages
 from tensorpar.parameters import local_shard
 from tensorpar.partition import chunk_sizes
 

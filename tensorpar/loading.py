@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tensorpar import hf_compat
 from tensorpar.agreement import checksum
 from tensorpar.files.reading import Source, open_sources, with_own_storage
-from tensorpar.large_pages import empty_in_large_pages
+from tensorpar.paging import empty_in_large_pages, will_be_read
 from tensorpar.promise import Promise, origin_of
 from tensorpar.styles import Layout
 
@@ -143,6 +143,8 @@ class Keeper:
         else:
             parts = list(read_parts(source, layout, shape, *ranks))
             shape = shard_shape(layout, shape, *ranks)
+        for _, values in parts:
+            will_be_read(values)
         own = self._mapped(source, parts, promise.dtype)
         if own is None:
             own = self._copied(parts, shape, promise.dtype)

@@ -11,11 +11,9 @@ second; and loading a full dict sends every tensor from rank 0, though all ranks
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -28,19 +26,20 @@ from tensorpar.agreement import require_agreement
 from tensorpar.gathering import TIMEOUT, hf_layout, tensorpar_layout, whole_tensors
 from tensorpar.mesh import world
 from tensorpar.model import DistributedModel
-from tensorpar.moments import CANNOT_FOLLOW, OptimizerState, has_names, is_moment, read
-from tensorpar.parameters import local, stored_parameters
-from tensorpar.problems import refuse
-from tensorpar.recognition import recognise
+from tensorpar.moments import OptimizerState, has_names, is_moment, read
+from tensorpar.optimizer_fit import (
+    LayoutName,
+    Optimizer,
+    matched_groups,
+    own_parameters,
+    recognised_layout,
+    require_layout,
+    require_shapes,
+    under_own_names,
+)
+from tensorpar.parameters import local
 from tensorpar.rendezvous import rendezvous
-from tensorpar.replace import translate_functions
 from tensorpar.whole_weights import IsApart, tells_apart
-
-logger = logging.getLogger(__name__)
-
-Optimizer = torch.optim.Optimizer
-Parameters = dict[str, nn.Parameter]
-LayoutName = Literal["hf", "tensorpar"]
 
 
 def optimizer_state_dict(
@@ -75,7 +74,7 @@ def optimizer_state_dict(
             optimizers differ; on every rank, before any tensor is gathered.
     """
     module = _inside(model)
-    _check_layout(module, layout, ("hf", "tensorpar"))
+    require_layout(module, layout, ("hf", "tensorpar"))
     own = _own_state(module, optimizer, is_apart=tells_apart(module, optimizer))
     rank = rendezvous("optimizer_state_dict", timeout)
     _require_same_state(own)
@@ -111,7 +110,7 @@ def local_optimizer_state_dict(model: nn.Module, optimizer: Optimizer) -> dict[s
         ValueError: as `optimizer_state_dict`, or parameters that `fully_shard` has cut as well.
     """
     module = _inside(model)
-    parameters = _parameters(module, optimizer)
+    parameters = own_parameters(module, optimizer)
     axes = {p.device_mesh.ndim for p in parameters.values() if isinstance(p, DTensor)}
     if max(axes, default=1) > 1:
         raise ValueError(
@@ -145,16 +144,16 @@ def load_optimizer_state_dict(
             groups that differ. The optimizer is unchanged then.
     """
     module = _inside(model)
-    parameters = _parameters(module, optimizer)
+    parameters = own_parameters(module, optimizer)
     names = None if has_names(state_dict) else list(parameters)
     given = read(state_dict, names, is_apart=tells_apart(module, optimizer))
     given.require_plain()
-    given = _under_own_names(module, given)
-    groups = _matched_groups(optimizer, parameters, given)
+    given = under_own_names(module, given)
+    groups = matched_groups(optimizer, parameters, given)
     if layout == "auto":
-        layout = _recognised(module, given)
-    _check_layout(module, layout, ("auto", "hf", "tensorpar"))
-    _check_moments(module, parameters, given, layout)
+        layout = recognised_layout(module, given)
+    require_layout(module, layout, ("auto", "hf", "tensorpar"))
+    require_shapes(module, parameters, given, layout)
     if layout == "hf":
         given = given.changed(lambda moments: tensorpar_layout(module, moments))
     index = {name: i for i, name in enumerate(parameters)}
@@ -171,29 +170,16 @@ def _inside(model: nn.Module) -> nn.Module:
     return model.get_module() if isinstance(model, DistributedModel) else model
 
 
-def _parameters(module: nn.Module, optimizer: Optimizer) -> Parameters:
-    """The optimizer's parameters in its order, under the model's names for them."""
-    names = {id(parameter): name for name, parameter in stored_parameters(module)}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if foreign := [tuple(p.shape) for p in held if id(p) not in names]:
-        raise ValueError(
-            f"the {type(optimizer).__name__} holds {len(foreign)} parameters that are not the "
-            f"{type(module).__name__}'s, of shapes {foreign[:3]}, required: the model's own; build "
-            "the optimizer after the model is parallel and has got all its heads"
-        )
-    return {names[id(parameter)]: parameter for parameter in held}
-
-
 def _own_state(module: nn.Module, optimizer: Optimizer, **options: IsApart) -> OptimizerState:
     """The optimizer's state as it is; its moments are DTensors."""
-    parameters = _parameters(module, optimizer)
+    parameters = own_parameters(module, optimizer)
     held = optimizer.state_dict()
     groups = [
         {key: value for key, value in group.items() if key != "param_names"}
         for group in held["param_groups"]
     ]
     own = read({"state": held["state"], "param_groups": groups}, parameters, **options)
-    _check_moments(module, parameters, own, "tensorpar")
+    require_shapes(module, parameters, own, "tensorpar")
     return own
 
 
@@ -212,91 +198,6 @@ def _require_same_state(own: OptimizerState) -> None:
         everyone,
         "the ranks' optimizers hold different states; build them alike and step them together",
     )
-
-
-def _under_own_names(module: nn.Module, given: OptimizerState) -> OptimizerState:
-    """A tied parameter has several names; the model's first one for it counts."""
-    first = {id(parameter): name for name, parameter in stored_parameters(module)}
-    own = {
-        name: first[id(parameter)]
-        for name, parameter in stored_parameters(module, remove_duplicate=False)
-    }
-    groups = [
-        {**group, "params": [own.get(name, name) for name in group["params"]]}
-        for group in given.groups
-    ]
-    state = {own.get(name, name): held for name, held in given.state.items()}
-    apart = {own.get(name, name): held for name, held in given.of_whole_weights.items()}
-    return replace(given, state=state, groups=groups, of_whole_weights=apart)
-
-
-def _matched_groups(
-    optimizer: Optimizer, parameters: Parameters, given: OptimizerState
-) -> list[dict[str, Any]]:
-    """For each group of the optimizer the saved options, under the optimizer's own indices."""
-    problems = [f"{name} is missing" for name in parameters if name not in given.names]
-    problems += [f"{name} is unknown" for name in given.names if name not in parameters]
-    if len(optimizer.param_groups) != len(given.groups):
-        problems.append(f"{len(given.groups)} groups, required {len(optimizer.param_groups)}")
-    refuse("the optimizer's state dict does not fit the optimizer", problems)
-    rest = iter(enumerate(parameters))
-    groups = []
-    for number, group in enumerate(optimizer.param_groups):
-        own = {name: index for index, name in islice(rest, len(group["params"]))}
-        saved = next((one for one in given.groups if set(one["params"]) == set(own)), None)
-        if saved is None:
-            problems.append(f"no saved group holds the {len(own)} parameters of group {number}")
-        else:
-            groups.append({**saved, "params": list(own.values())})
-    refuse("the optimizer's state dict does not fit the optimizer", problems)
-    return groups
-
-
-def _recognised(module: nn.Module, given: OptimizerState) -> LayoutName:
-    sample = {
-        name: moment for moments in given.moments().values() for name, moment in moments.items()
-    }
-    layout = recognise(module, sample)
-    if layout == "smdistributed":
-        raise ValueError(
-            f"parameters = {list(sample)[:3]}..., required: the names of Hugging Face's layout; "
-            "smdistributed's optimizer files are not read"
-        )
-    logger.info("load_optimizer_state_dict: the moments are in %s layout", layout)
-    return layout
-
-
-def _check_layout(module: nn.Module, layout: str, known: tuple[str, ...]) -> None:
-    if layout not in known:
-        raise ValueError(f"layout = {layout!r}, required: one of {known}")
-    if layout == "hf" and translate_functions(module):
-        raise ValueError(
-            "layout = 'hf' with modules that were replaced whole, required: 'tensorpar'; their "
-            "translate functions say what becomes of parameters, not of an optimizer's groups"
-        )
-
-
-def _check_moments(
-    module: nn.Module, parameters: Parameters, given: OptimizerState, layout: str
-) -> None:
-    """Raise ValueError listing every moment that does not have its parameter's shape."""
-    shapes = {name: torch.empty(p.shape, device="meta") for name, p in parameters.items()}
-    theirs = hf_layout(module, shapes)
-    if layout == "hf":
-        shapes = theirs
-    problems = [
-        f"{kind} of {name} has shape {tuple(moment.shape)}, required {tuple(shapes[name].shape)}"
-        for kind, moments in given.moments().items()
-        for name, moment in moments.items()
-        if moment.shape != shapes[name].shape
-    ]
-    problems += [
-        f"{kind} of {name} has shape {list(x.shape)}, required: of 1 and {list(theirs[name].shape)}"
-        for name, apart in given.of_whole_weights.items()
-        for kind, x in apart.items()
-        if not set(x.shape) <= {1, *theirs[name].shape}
-    ]
-    refuse(CANNOT_FOLLOW, problems)
 
 
 def _placed(value: Any, parameter: nn.Parameter) -> Any:
