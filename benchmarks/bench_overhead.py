@@ -10,30 +10,29 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
 import torch
-from contest import Contestant, Seat, alternate, ratio, record
+from contest import Contestant, Seat, ratio, record
 from models import FAMILIES, Shape
 
-DEEP, SHALLOW, WARMUP = 12, 2, 3
+DEEP, SHALLOW = 12, 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=20, help="imports of each")
+    parser.add_argument("--forwards", type=int, default=300, help="of each model")
     args = parser.parse_args()
     result = {
         "import": imports(args.pairs),
         "construction": construction(),
-        "forward per layer": {family: per_layer(family, args.pairs) for family in FAMILIES},
+        "forward per layer": {family: per_layer(family, args.forwards) for family in FAMILIES},
     }
     record("overhead_cpu", result)
 
@@ -84,56 +83,49 @@ def build_xl(parallel: bool, seat: Seat) -> Callable[[], float]:
     return turn
 
 
-def per_layer(family: str, pairs: int) -> dict[str, float]:
-    """Microseconds of a layer's forward, from the difference between a deep and a shallow model."""
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        contestants = {}
-        for name in ("Transformers", "tensorpar"):
-            for layers in (DEEP, SHALLOW):
-                shape = Shape(family, 64, layers, 1, 8, 128)
-                work = partial(forwards, name == "tensorpar", shape)
-                contestants[f"{name} {layers}"] = stack.enter_context(
-                    Contestant(work, 1, 1, folder)
-                )
-        _, seconds = alternate(contestants, WARMUP, pairs)
-    each = {
-        name: [
-            (deep - shallow) / (DEEP - SHALLOW)
-            for deep, shallow in zip(
-                seconds[f"{name} {DEEP}"][WARMUP:],
-                seconds[f"{name} {SHALLOW}"][WARMUP:],
-                strict=True,
-            )
-        ]
-        for name in ("Transformers", "tensorpar")
+def per_layer(family: str, forwards: int) -> dict[str, float]:
+    """Microseconds of a layer's forward, from the difference between a deep and a shallow model.
+
+    All stand in one process, take turns, and the best of each counts: what else the machine does
+    only adds to it.
+    """
+    work = partial(bests, family, forwards)
+    with tempfile.TemporaryDirectory() as folder, Contestant(work, 1, 1, folder) as alone:
+        _, seconds = alone.turn()
+    told = {
+        system: 1e6 * (seconds[system, DEEP] - seconds[system, SHALLOW]) / (DEEP - SHALLOW)
+        for system in ("Transformers", "tensorpar")
     }
-    told = {name: 1e6 * statistics.median(values) for name, values in each.items()}
     told["above"] = told["tensorpar"] - told["Transformers"]
-    print(f"forward per layer, {family}: {told['above']:.0f} us above Transformers', limit 40")
+    print(
+        f"forward per layer, {family}: {told['above']:.0f} us above Transformers' "
+        f"{told['Transformers']:.0f}, limit 40"
+    )
     return told
 
 
-def forwards(parallel: bool, shape: Shape, seat: Seat) -> Callable[[], float]:
-    """Seconds of one forward, the best of some: what else the machine does only adds to it."""
-    if parallel:
-        import tensorpar
+def bests(family: str, forwards: int, seat: Seat) -> Callable[[], dict[tuple[str, int], float]]:
+    """The shortest of some forwards of each system's models."""
+    import tensorpar
 
-        tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
+    tensorpar.init(tensor_parallel_degree=seat.num_ranks, device_type="cpu")
+    models = {}
+    for layers in (DEEP, SHALLOW):
+        shape = Shape(family, 64, layers, 1, 8, 128)
+        models["Transformers", layers] = shape.build().eval()
         with tensorpar.tensor_parallelism():
-            model = shape.build().eval()
-    else:
-        model = shape.build().eval()
+            models["tensorpar", layers] = shape.build().eval()
     tokens = torch.zeros(shape.batch, shape.sequence, dtype=torch.long)
 
-    def turn(calls: int = 20) -> float:
-        seconds = []
+    def turn() -> dict[tuple[str, int], float]:
+        seconds = dict.fromkeys(models, float("inf"))
         with torch.no_grad():
-            for _ in range(calls):
-                start = time.perf_counter()
-                model(input_ids=tokens)
-                seconds.append(time.perf_counter() - start)
-        return min(seconds)
+            for _ in range(forwards):
+                for name, model in models.items():
+                    start = time.perf_counter()
+                    model(input_ids=tokens)
+                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+        return seconds
 
     return turn
 
