@@ -23,7 +23,6 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.distributed import DebugLevel, get_debug_level  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tensorpar import hf_compat
@@ -193,6 +192,8 @@ class ModelDoor:
         """What `DistributedModel` refuses, where the user has called torch's function by hand."""
         if dist.get_backend(self.mesh.get_group()) == "fake":
             return  # a plan, which says it in a note: its only rank has a part of everything
+        from torch.distributed.fsdp import FSDPModule  # takes a while, and few models come here
+
         sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         if sharded and (problem := empty_shard(model)) is not None:
             raise ValueError(problem)
