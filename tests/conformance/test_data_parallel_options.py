@@ -64,9 +64,13 @@ def offload_policies() -> list[Any]:
     def note(unit: torch.nn.Module, **options: Any) -> None:
         asked.append(type(options["offload_policy"]))
 
-    for kind, function in (("fsdp", "fully_shard"), ("replicate", "replicate")):
+    functions = {
+        "fsdp": "torch.distributed.fsdp.fully_shard",
+        "replicate": "torch.distributed._composable.replicate_with_fsdp.replicate",
+    }
+    for kind, function in functions.items():
         for offload in (True, False):
-            with mock.patch.object(tensorpar.data_parallel, function, note):
+            with mock.patch(function, note):
                 chosen = tensorpar.DataParallel(kind, cpu_offload=offload)
                 model = build("gpt2", "GPT2LMHeadModel", parallel=True)
                 tensorpar.DistributedModel(model, data_parallel=chosen)
