@@ -35,8 +35,9 @@ def empty_in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tens
 def will_be_read(view: torch.Tensor) -> None:
     """Have the system fetch all that lies under a view of a mapped file, before it is read.
 
-    The system reads ahead of what is read in order. Of a view with strides it sees every second
-    page missed, takes that for reading at random, and fetches each page when it is needed.
+    The system reads ahead a little of what is read in order, which does not keep a disk busy. Of a
+    view with strides it sees pages left out, takes that for reading at random, and fetches each
+    page when it is needed.
     """
     if not view.numel():
         return
