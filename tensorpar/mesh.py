@@ -74,6 +74,7 @@ def init(
         _start_process_group(device_type, timeout)
     _check_world_size(chosen, dist.get_world_size())
     _world = World(chosen, _make_mesh(chosen, device_type, timeout), timeout)
+    _forget_earlier_meshes()
 
 
 def shutdown() -> None:
@@ -174,6 +175,17 @@ def _make_mesh(config: Config, device_type: str, timeout: timedelta) -> DeviceMe
     # groups that a mesh makes by itself wait for half an hour, whatever the world's timeout is
     groups = [_own_group(ranks.T, timeout), _own_group(ranks, timeout)]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("dp", "tp"))
+
+
+def _forget_earlier_meshes() -> None:
+    """Clear what DTensor remembers of operations: it names the mesh that was there first.
+
+    Equal meshes share it. After another process group, results would carry groups that are gone,
+    or whose names are other groups' now.
+    """
+    from torch.distributed.tensor import debug  # costs far more to import than all of tensorpar
+
+    debug._clear_sharding_prop_cache()
 
 
 def _own_group(peers: torch.Tensor, timeout: timedelta) -> dist.ProcessGroup:

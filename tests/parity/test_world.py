@@ -139,6 +139,31 @@ def test_one_process_needs_no_launcher(ranks):
     assert found == {"size": 1, "tp": 1, "barrier": None, "after": False, "again": 0}
 
 
+def in_two_process_groups(folder: str) -> list[torch.Tensor]:
+    """A layer's doubled weight in two process groups, one after the other, and both weights."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = []
+    for earlier_groups in (3, 0):
+        dist.destroy_process_group()
+        rendezvous = f"file://{folder}/{earlier_groups}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+        for _ in range(earlier_groups):
+            dist.new_group()
+        tensorpar.init(tensor_parallel_degree=2)
+        weight = tensorpar.nn.ColumnParallelLinear(1, 5).weight
+        with torch.no_grad():
+            found += [(weight * 2).full_tensor(), weight.full_tensor() * 2]
+        tensorpar.barrier()
+    return found
+
+
+def test_init_forgets_the_groups_of_an_earlier_process_group(ranks, tmp_path):
+    """DTensor keeps meshes by their layout; their groups' names are gone, or are other groups'."""
+    for found in ranks(4, init=False).run(in_two_process_groups, str(tmp_path)):
+        for doubled, expected in zip(found[::2], found[1::2], strict=True):
+            assert torch.equal(doubled, expected)
+
+
 def launched(rendezvous: str) -> tuple[int, int]:
     """A process with the environment of a launcher."""
     rank, size = dist.get_rank(), dist.get_world_size()
