@@ -76,7 +76,8 @@ class Narrowing:
             mix_in(module, plan.mixin)
             module.__dict__["mesh"] = self.mesh
         columns = any(isinstance(style, Column) for style in plan.children.values())
-        if columns or plan.enter or (plan.mixin is not None and plan.children):
+        enters = columns or plan.enter or (plan.mixin is not None and plan.children)
+        if enters and self.mesh.size() > 1:  # one rank has nobody to differ from
             Door(module, plan.enter, self.mesh, Randomness(heads, reproducible=reproducible))
         module.__dict__["_tensorpar_plan"] = True  # carried out; plans hold functions
 

@@ -105,8 +105,9 @@ class _Local(torch.autograd.Function):
         return DTensor(grad, copy(ctx.spec), requires_grad=False)
 
 
-#: looked up once: every parameter passes `local` in every forward.
-_is_compiling = torch.compiler.is_compiling
+#: looked up once: every parameter passes `local` in every forward. The broader `is_compiling` takes
+#: longer than the rest of `local`, and graphs that are not dynamo's can do with it as it is.
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,6 +117,23 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     if _is_compiling():
         return tensor.to_local()
     return _Local.apply(tensor) if torch.is_grad_enabled() else tensor._local_tensor
+
+
+def flattened(shard: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """`shard.flatten(start, end)`, kept beside a parameter's shard while nothing needs gradients.
+
+    A layer flattens the same shard in every forward, which costs as much as all its other Python.
+    """
+    if torch.is_grad_enabled() or type(shard) is not torch.Tensor or _is_compiling():
+        return shard.flatten(start, end)
+    kept: torch.Tensor | None = shard.__dict__.get("_tensorpar_flat")
+    # memory may have been exchanged, by `shard.data = other`
+    if kept is None or kept.data_ptr() != shard.data_ptr():
+        # of a detached one: a view holds its base, and a tensor must not hold itself
+        kept = shard.detach().flatten(start, end)
+        if kept.data_ptr() == shard.data_ptr():
+            shard.__dict__["_tensorpar_flat"] = kept
+    return kept
 
 
 def shard_in_place(module: nn.Module, dims: Mapping[str, int | None], mesh: DeviceMesh) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.collectives import gather_region
 from tensorpar.mesh import tp_mesh
-from tensorpar.parameters import local, mixture, shard_in_place
+from tensorpar.parameters import flattened, local, mixture, shard_in_place
 from tensorpar.region import close_region, open_region, plain
 from tensorpar.rows import enter_region, leave_region
 
@@ -39,15 +39,17 @@ def held(layer: Any, name: str) -> Any:
     return getattr(layer, name) if parameter is None else parameter
 
 
-def _at_least_one_head(shard: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """A rank without a head computes one of zeros, so that attention code and autograd run there.
+def _operand(layer: Any, parameter: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """This rank's part of a parameter as the product takes it: the axes `start` to `end` are one.
 
-    It adds exact zeros to the row layer's sum; the parameter itself stays empty.
+    A rank without a head computes one of zeros, so that attention code and autograd run there. It
+    adds exact zeros to the row layer's sum; the parameter itself stays empty.
     """
-    if dim is None or shard.shape[dim] > 0:
-        return shard
-    ghost = shard.new_zeros((*shard.shape[:dim], 1, *shard.shape[dim + 1 :]))
-    return torch.cat([shard, ghost], dim)
+    shard, dim = local(parameter), layer.heads_dim
+    if dim is not None and shard.shape[dim] == 0:
+        ghost = shard.new_zeros((*shard.shape[:dim], 1, *shard.shape[dim + 1 :]))
+        shard = torch.cat([shard, ghost], dim)
+    return shard if start == shard.ndim + end else flattened(shard, start, end)
 
 
 class ModuleDoor(Protocol):
@@ -87,13 +89,9 @@ class ColumnParallel:
         """`[..., in]`, the same on all ranks, to `[..., this rank's features]` (or all)."""
         if self.copy_input:
             input = enter_region(input, self.mesh)
-        weight, bias = local(held(self, "weight")), held(self, "bias")
-        weight = _at_least_one_head(weight, self.heads_dim)
-        if weight.ndim > 2:
-            weight = weight.flatten(0, -2)
+        weight, bias = _operand(self, held(self, "weight"), 0, -2), held(self, "bias")
         if bias is not None:
-            bias = _at_least_one_head(local(bias), self.heads_dim)
-            bias = bias.flatten() if bias.ndim > 1 else bias
+            bias = _operand(self, bias, 0, -1)
         output = F.linear(input, weight, bias)
         if not self.gather_output:
             open_region(self.mesh)
@@ -129,21 +127,16 @@ class RowParallel:
         While the sequence is split, this rank's rows of it.
         """
         close_region()
-        output = self._summed(input)
+        weight, bias = _operand(self, held(self, "weight"), 1, -1), held(self, "bias")
+        if self.partial or self.mesh.size() == 1:
+            bias = None if bias is None else on_first_rank(local(bias), self.mesh)
+            output = F.linear(input, weight, bias)
+        else:
+            output = leave_region(F.linear(input, weight), self.mesh)
+            output = output if bias is None else output + plain(bias)
         for door in self.doors:
             door.join()
         return output
-
-    def _summed(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = local(held(self, "weight")), held(self, "bias")
-        weight = _at_least_one_head(weight, self.heads_dim)
-        if weight.ndim > 2:
-            weight = weight.flatten(1)
-        if self.partial or self.mesh.size() == 1:
-            bias = None if bias is None else on_first_rank(local(bias), self.mesh)
-            return F.linear(input, weight, bias)
-        output = leave_region(F.linear(input, weight), self.mesh)
-        return output if bias is None else output + plain(bias)
 
 
 class _OnFirstRank(torch.autograd.Function):
