@@ -45,7 +45,8 @@ def main() -> None:
             print(f"\n{args.what}: {shape}")
             rows += measured(shape, args)
     widths = "_".join(map(str, args.widths))
-    name = f"{args.what}_{widths}_at_{args.sequence}" + ("_dropout" if args.dropout else "")
+    depth = "" if args.layers == Shape.layers else f"x{args.layers}"
+    name = f"{args.what}_{widths}{depth}_at_{args.sequence}" + ("_dropout" if args.dropout else "")
     record(f"{name}_cpu", {"rows": rows, "arguments": vars(args)})
     ratios = {
         f"{row['family']} {row['width']}": {"one process": 1.0}
