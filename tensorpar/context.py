@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from tensorpar import hf_compat
+from tensorpar import hf_compat, hf_construction
 from tensorpar.agreement import require_agreement
 from tensorpar.delayed import EmptyOnMeta
 from tensorpar.given_tensors import as_transformers_loads
@@ -143,8 +143,10 @@ def _watching() -> Iterator[None]:
         register_module_parameter_registration_hook(_on_parameter),  # type: ignore[arg-type]
     )
     try:
-        watcher = hf_compat.Watcher(_on_finished_model, _on_failed_load, _promises, _given, _fuses)
-        with hf_compat.watch_construction(watcher):
+        watcher = hf_construction.Watcher(
+            _on_finished_model, _on_failed_load, _promises, _given, _fuses
+        )
+        with hf_construction.watch_construction(watcher):
             yield
     finally:
         for handle in handles:

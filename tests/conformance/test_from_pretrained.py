@@ -15,7 +15,7 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 import tensorpar
-from tensorpar import hf_compat, loading
+from tensorpar import hf_construction, loading
 from tests.conformance.families import CASES, build
 from tests.conformance.gpt2 import refusal
 from tests.conformance.pretrained import (
@@ -210,6 +210,6 @@ def test_ways_of_loading_that_are_refused(how, told):
         **{"hf_quantizer": None, "device_mesh": None, "device_map": None, **how}
     )
     if told:
-        assert told in refusal(lambda: hf_compat._refuse_placement(given))
+        assert told in refusal(lambda: hf_construction._refuse_placement(given))
     else:
-        hf_compat._refuse_placement(given)
+        hf_construction._refuse_placement(given)

@@ -19,7 +19,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.overrides import _get_current_function_mode_stack
 
 import tensorpar
-from tensorpar import hf_compat
+from tensorpar import hf_construction
 from tests.families import FAMILIES, PLANS_ONLY
 
 CASES = {case.name: case for case in (*FAMILIES, *PLANS_ONLY)}
@@ -78,7 +78,7 @@ def globals_of_torch() -> dict[str, int]:
         "function modes": len(_get_current_function_mode_stack()),
         "groups": len(_world.pg_map),
         "keys in the store": _get_default_store().num_keys(),
-        "watchers": len(hf_compat._watchers) + len(hf_compat._originals),
+        "watchers": len(hf_construction._watchers) + len(hf_construction._originals),
     }
 
 
