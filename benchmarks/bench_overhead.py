@@ -21,7 +21,7 @@ import torch
 from contest import Contestant, Seat, ratio, record
 from models import FAMILIES, Shape
 
-DEEP, SHALLOW = 12, 2
+DEEP, SHALLOW = 26, 2
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ split, they are entered and left as ever: by nothing, and an all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -61,14 +59,22 @@ def current_rows() -> Rows | None:
     return _rows.get()
 
 
-@contextmanager
-def splitting(rows: Rows | None) -> Iterator[None]:
-    """Within: activations between regions are rows; for None, they are whole."""
-    token = _rows.set(rows)
-    try:
-        yield
-    finally:
-        _rows.reset(token)
+class Splitting:
+    """Within: activations between regions are rows; for None, they are whole.
+
+    A class and not a generator, which takes three times as long in every layer.
+    """
+
+    __slots__ = ("_rows", "_token")
+
+    def __init__(self, rows: Rows | None) -> None:
+        self._rows = rows
+
+    def __enter__(self) -> None:
+        self._token = _rows.set(self._rows)
+
+    def __exit__(self, *_: object) -> None:
+        _rows.reset(self._token)
 
 
 def enter_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:

@@ -33,7 +33,7 @@ from tensorpar.parameters import mix_in
 from tensorpar.random import Fork
 from tensorpar.region import inside_region, summing_together
 from tensorpar.registry import Plan, Replacement, Stream, find
-from tensorpar.rows import Rows, current_rows, splitting
+from tensorpar.rows import Rows, Splitting, current_rows
 
 
 class StreamDoor:
@@ -124,7 +124,7 @@ class SplitBlock:
         door: StreamDoor = self.__dict__["_tensorpar_stream"]
         args, kwargs = door.arguments(self, args, kwargs)  # type: ignore[arg-type]
         rows: Rows | None = kwargs.get("tensorpar_rows")
-        with splitting(rows):  # its hooks are to know, too
+        with Splitting(rows):  # its hooks are to know, too
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if rows is not None:
             rows.mark(_first(output))  # it need not be what its forward has returned
@@ -132,7 +132,7 @@ class SplitBlock:
 
     def forward(self, *args: Any, tensorpar_rows: Rows | None = None, **kwargs: Any) -> Any:
         """The class's own forward."""
-        with splitting(tensorpar_rows), summing_together(self):  # type: ignore[arg-type]
+        with Splitting(tensorpar_rows), summing_together(self):  # type: ignore[arg-type]
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if tensorpar_rows is not None:
             tensorpar_rows.mark(args[0])
@@ -146,7 +146,7 @@ class LastNorm:
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """The class's own forward, and the stream whole again."""
         door: StreamDoor = self.__dict__["_tensorpar_stream"]
-        with splitting(door.rows), summing_together(self):  # type: ignore[arg-type]
+        with Splitting(door.rows), summing_together(self):  # type: ignore[arg-type]
             output: torch.Tensor = super().forward(stream)  # type: ignore[misc]
         return output if door.rows is None else door.rows.join(output)
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.nn.fused import FusedAttention
 from tensorpar.registry import Stream, register
-from tensorpar.rows import enter_region, leave_region, splitting
+from tensorpar.rows import Splitting, enter_region, leave_region
 from tensorpar.styles import Column, Row, VocabParallel
 
 NAME = "gptj"
@@ -39,7 +39,7 @@ class ParallelBranches:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `GPTJBlock.forward`, with one all-reduce."""
         normed = enter_region(self.ln_1(hidden_states), self.mesh)
-        with splitting(None):
+        with Splitting(None):
             attended, weights = self.attn(
                 hidden_states=normed,
                 layer_past=layer_past,

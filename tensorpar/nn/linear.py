@@ -35,16 +35,18 @@ from tensorpar.rows import enter_region, leave_region
 
 def held(layer: Any, name: str) -> Any:
     """A parameter of a layer, or None; what it has itself is found without `__getattr__`."""
-    parameter = layer._parameters.get(name)
-    return getattr(layer, name) if parameter is None else parameter
+    own = layer._parameters
+    return own[name] if name in own else getattr(layer, name)
 
 
-def _operand(layer: Any, parameter: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """This rank's part of a parameter as the product takes it: the axes `start` to `end` are one.
+def _operand(layer: Any, name: str, start: int, end: int) -> Any:
+    """This rank's part of a weight or bias as the product takes it: axes `start` to `end` are one.
 
     A rank without a head computes one of zeros, so that attention code and autograd run there. It
     adds exact zeros to the row layer's sum; the parameter itself stays empty.
     """
+    if (parameter := held(layer, name)) is None:
+        return None
     shard, dim = local(parameter), layer.heads_dim
     if dim is not None and shard.shape[dim] == 0:
         ghost = shard.new_zeros((*shard.shape[:dim], 1, *shard.shape[dim + 1 :]))
@@ -89,9 +91,7 @@ class ColumnParallel:
         """`[..., in]`, the same on all ranks, to `[..., this rank's features]` (or all)."""
         if self.copy_input:
             input = enter_region(input, self.mesh)
-        weight, bias = _operand(self, held(self, "weight"), 0, -2), held(self, "bias")
-        if bias is not None:
-            bias = _operand(self, bias, 0, -1)
+        weight, bias = _operand(self, "weight", 0, -2), _operand(self, "bias", 0, -1)
         output = F.linear(input, weight, bias)
         if not self.gather_output:
             open_region(self.mesh)
@@ -127,7 +127,7 @@ class RowParallel:
         While the sequence is split, this rank's rows of it.
         """
         close_region()
-        weight, bias = _operand(self, held(self, "weight"), 1, -1), held(self, "bias")
+        weight, bias = _operand(self, "weight", 1, -1), held(self, "bias")
         if self.partial or self.mesh.size() == 1:
             bias = None if bias is None else on_first_rank(local(bias), self.mesh)
             output = F.linear(input, weight, bias)
