@@ -16,7 +16,8 @@ The last pair is the first one for a sequence that is split (Korthikanti et al.,
 activation recomputation in large transformer models", 2022, operators g and its conjugate): what
 follows `gather_region` is computed alike on all ranks, what follows `all_gather_region` is not.
 
-No function changes its input in place: callers and saved tensors may still read it.
+No function changes its input in place, since callers and saved tensors may still read it, but
+`reduce_region_`, for terms that nobody else has.
 """
 
 from __future__ import annotations
@@ -142,6 +143,15 @@ class _Reduce(torch.autograd.Function):
         return _Copy.apply(grad, ctx.mesh), None
 
 
+class _ReduceInPlace(_Reduce):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.mesh = mesh
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=mesh.get_group())
+        return x
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:
@@ -200,6 +210,19 @@ def reduce_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     if mesh.size() == 1:
         return x
     return _Reduce.apply(x, mesh) if torch.is_grad_enabled() else all_reduce(x, mesh)
+
+
+def reduce_region_(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """`reduce_region` of a contiguous temporary, which becomes the sum: nothing is copied.
+
+    Args:
+        x: this rank's term, of which neither the caller nor a saved tensor is to read more.
+        mesh: the ranks that have terms.
+    """
+    if mesh.size() == 1 or not x.is_contiguous():
+        return reduce_region(x, mesh)
+    summed: torch.Tensor = _ReduceInPlace.apply(x, mesh)
+    return summed
 
 
 def scatter_region(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tensorpar.collectives import (
     all_gather_region,
     copy_region,
     gather_region,
-    reduce_region,
+    reduce_region_,
     reduce_scatter_region,
     scatter_region,
 )
@@ -86,9 +86,9 @@ def enter_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 
 
 def leave_region(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """The sum over ranks of a region's terms, or this rank's rows of it."""
+    """The sum over ranks of a region's terms, or this rank's rows of it; `x` is not read again."""
     if _rows.get() is None:
-        return reduce_region(x, mesh)
+        return reduce_region_(x, mesh)
     return reduce_scatter_region(x, SEQUENCE_DIM, mesh)
 
 

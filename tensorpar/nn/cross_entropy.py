@@ -8,7 +8,8 @@
     dgrad    dx_NV = (exp(x - max) / sum - onehot(t)) * dloss_N    (local)
 
 No logarithm is subtracted from logits, whose rounding would be the same error in a whole row.
-Two small all-reduces forward, none backward (Shoeybi et al., "Megatron-LM", 2019, section 3).
+Two small all-reduces forward, none backward (Shoeybi et al., "Megatron-LM", 2019, section 3). A
+second derivative is refused.
 """
 
 from __future__ import annotations
@@ -51,11 +52,36 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss_N: torch.Tensor) -> Any:
-        x_NV, max_N, sum_N, column_N, here_N = ctx.saved_tensors
-        dx_NV = (x_NV - max_N[:, None]).exp_().mul_((dloss_N / sum_N)[:, None]).to(x_NV.dtype)
+        return _Gradient.apply(dloss_N, *ctx.saved_tensors), None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """A function, so that nobody takes it for a constant who differentiates it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ARG004
+        dloss_N: torch.Tensor,
+        x_NV: torch.Tensor,
+        max_N: torch.Tensor,
+        sum_N: torch.Tensor,
+        column_N: torch.Tensor,
+        here_N: torch.Tensor,
+    ) -> torch.Tensor:
+        dx_NV, scale_N = torch.empty_like(x_NV), dloss_N / sum_N
+        blocks = (whole.split(_rows_at_once(x_NV)) for whole in (dx_NV, x_NV, max_N, scale_N))
+        for dx, x, most, scale in zip(*blocks, strict=True):
+            dx.copy_((x - most[:, None]).exp_().mul_(scale[:, None]))
         if x_NV.shape[1]:
             dx_NV.scatter_add_(1, column_N[:, None], (-dloss_N * here_N)[:, None])
-        return dx_NV, None, None, None
+        return dx_NV
+
+    @staticmethod
+    def backward(ctx: Any, *_: object) -> Any:  # noqa: ARG004
+        raise RuntimeError(
+            "second derivative of a loss on a sharded vocabulary, required: the first only; call "
+            "the model without labels, whose logits are whole, and compute the loss from them"
+        )
 
 
 def _max_and_sum(x_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,13 +94,16 @@ def _max_and_sum(x_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x_NV.shape[1] == 0:
         own_N = x_NV.new_full(x_NV.shape[:1], -torch.inf, dtype=dtype)
         return own_N, torch.zeros_like(own_N)
-    rows = max(1, _BLOCK_ELEMENTS // x_NV.shape[1])
     own, part = [], []
-    for block in x_NV.split(rows):
+    for block in x_NV.split(_rows_at_once(x_NV)):
         own.append(block.amax(1).to(dtype))
         finite = own[-1].masked_fill(own[-1] == -torch.inf, 0.0)
         part.append((block - finite[:, None]).exp_().sum(1))
     return torch.cat(own), torch.cat(part)
+
+
+def _rows_at_once(x_NV: torch.Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(1, x_NV.shape[1]))
 
 
 def vocab_parallel_cross_entropy(

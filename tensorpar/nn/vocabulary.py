@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorpar.collectives import copy_region, gather_region, reduce_region
+from tensorpar.collectives import copy_region, gather_region, reduce_region_
 from tensorpar.guard import note_activation
 from tensorpar.mesh import tp_mesh
 from tensorpar.nn.cross_entropy import loss_on_shards
@@ -61,7 +61,7 @@ class VocabParallel:
             weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
         local_ids = (input - start).masked_fill(foreign, 0)
         rows = F.embedding(local_ids, weight, self.local_padding_idx())
-        return reduce_region(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
+        return reduce_region_(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
 
 
 @mixture

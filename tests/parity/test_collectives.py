@@ -19,6 +19,7 @@ from tensorpar.collectives import (
     copy_region,
     gather_region,
     reduce_region,
+    reduce_region_,
     reduce_scatter_region,
     scatter_region,
 )
@@ -143,4 +144,30 @@ def round_trips(size: int) -> dict[str, bool]:
 def test_conjugates_undo_each_other(ranks, world, size):
     """Scatter then gather is the identity, for views and empty chunks too."""
     for found in ranks(world).run(round_trips, size):
+        assert all(found.values()), found
+
+
+def in_place() -> dict[str, bool]:
+    """A temporary, one with strides, and one that autograd follows."""
+    mesh = tensorpar.tp_mesh()
+    term = torch.full((2, 3), 1.0 + tensorpar.tp_rank())
+    total = float(sum(range(1, mesh.size() + 1)))
+    whole = torch.full((2, 3), total)
+    summed = reduce_region_(term, mesh)
+    strided = torch.full((3, 2), 1.0 + tensorpar.tp_rank()).T
+    x = torch.ones(2, 3, requires_grad=True)
+    followed = reduce_region_(x * 2, mesh)
+    followed.square().sum().backward()
+    return {
+        "sum": torch.equal(summed, whole),
+        "same memory": summed.data_ptr() == term.data_ptr(),
+        "strided": torch.equal(reduce_region_(strided, mesh), whole),
+        "gradient": torch.equal(x.grad, torch.full((2, 3), 2 * 2 * 2.0 * mesh.size())),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_sum_may_take_the_place_of_a_term(ranks, size):
+    """`reduce_region_` copies nothing, and its gradient is that of `reduce_region`."""
+    for found in ranks(size).run(in_place):
         assert all(found.values()), found

@@ -110,6 +110,21 @@ def test_gradients_in_half_precision(ranks, scale):
     ranks(2).run(half_precision, scale)
 
 
+def twice() -> None:
+    """A gradient penalty on this rank's logits."""
+    logits = torch.randn(3, 4, requires_grad=True)
+    target = torch.tensor([0, 5, 7])
+    loss = vocab_parallel_cross_entropy(logits, target, vocab_size=8, mesh=tensorpar.tp_mesh())
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="call the model without labels"):
+        grad.square().sum().backward()
+
+
+def test_a_second_derivative_is_refused(ranks):
+    """Rather than one that leaves out what other ranks' logits have to do with it."""
+    ranks(2).run(twice)
+
+
 def refusals() -> list[str]:
     """What wrong targets and reductions are told."""
     mesh = tensorpar.tp_mesh()
