@@ -15,7 +15,8 @@ import tensorpar
 from tests.conformance.families import build, inputs
 from tests.conformance.gpt2 import refusal
 
-SHORT = timedelta(seconds=3)
+#: on a busy machine ranks reach a collective some seconds after each other.
+SHORT = timedelta(seconds=6)
 SILENT = 3
 
 
@@ -63,6 +64,6 @@ def test_the_others_end_within_the_timeout(ranks, tmp_path):
         port = found.getsockname()[1]
     results = ranks(4, init=False).run(one_falls_silent, str(tmp_path), port, timeout=60)
     for said, save in results[:SILENT]:
-        assert "Timed out waiting 3000ms" in said
-        assert "save_checkpoint was not called by ranks [3] within 1 s" in save
+        assert "Timed out waiting 6000ms" in said
+        assert "save_checkpoint was not called by ranks [3] within 2 s" in save
     assert not (tmp_path / "run").exists()
