@@ -105,8 +105,8 @@ class _Local(torch.autograd.Function):
         return DTensor(grad, copy(ctx.spec), requires_grad=False)
 
 
-#: looked up once: every parameter passes `local` in every forward. The broader `is_compiling` takes
-#: longer than the rest of `local`, and graphs that are not dynamo's can do with it as it is.
+#: looked up once: every parameter passes `local` in every forward. `is_compiling` takes longer than
+#: the rest of `local`, and tracers other than dynamo run this code as it is.
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
