@@ -207,7 +207,8 @@ def options(words: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--name", required=True, help="of the run, and of its folder in --out")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for all results")
-    parser.add_argument("--steps", type=int, default=200)
+    steps = "of the whole learning-rate schedule; a run that is resumed keeps its number"
+    parser.add_argument("--steps", type=int, default=200, help=steps)
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree")
     parser.add_argument("--data-parallel", choices=["fsdp", "replicate"], default="fsdp")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
