@@ -121,8 +121,8 @@ class World:
             theirs.close()
             self._workers.append((process, ours))
         for rank, (_, connection) in enumerate(self._workers):
-            ready = connection.poll(START_SECONDS) and _receive(connection)[0] == "result"
-            assert ready, f"worker {rank} did not start within {START_SECONDS:g} s"
+            answer = connection.poll(START_SECONDS) and _receive(connection)
+            assert answer, f"worker {rank} did not start: {self._death(rank)}"
 
     def _collect(self, timeout: float) -> list[Answer]:
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
@@ -130,12 +130,19 @@ class World:
         deadline = time.monotonic() + timeout
         while waiting and (left := deadline - time.monotonic()) > 0:
             for connection in wait(list(waiting), left):
-                answer = answers[waiting.pop(connection)] = _receive(connection)
+                rank = waiting.pop(connection)
+                answer = answers[rank] = _receive(connection) or self._death(rank)
                 if answer[0] != "result":
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         for rank in waiting.values():
             answers[rank] = f"was given up after {timeout:g} s or less, at", self._stack(rank)
         return [answers[rank] for rank in range(self.size)]
+
+    def _death(self, rank: int) -> Answer:
+        """How a worker ended whose pipe closed: its exit code, and where a fatal signal met it."""
+        process = self._workers[rank][0]
+        process.join(GRACE_SECONDS)
+        return f"died, exit code {process.exitcode}, at", self._stack_file(rank).read_text()
 
     def _stack(self, rank: int) -> str:
         """Where a silent worker is, as it writes down itself when signalled."""
@@ -174,11 +181,12 @@ class Pool:
         shutil.rmtree(self._folder)
 
 
-def _receive(connection: Any) -> Answer:
+def _receive(connection: Any) -> Answer | None:
+    """What a worker answers; None when it has died."""
     try:
         answer: Answer = pickle.loads(connection.recv_bytes())
-    except EOFError:
-        return "died", ""
+    except (EOFError, ConnectionResetError):
+        return None
     return answer
 
 
@@ -186,6 +194,7 @@ def _work(rank: int, size: int, rendezvous: Path, connection: Any, stack_file: P
     """A worker's life: one job after another, until the other end of the pipe closes."""
     with stack_file.open("w") as file, suppress(EOFError):
         faulthandler.register(signal.SIGUSR1, file, all_threads=False)
+        faulthandler.enable(file)
         import torch
 
         torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -33,6 +34,10 @@ def _hang() -> None:
 
 def _die() -> None:
     os._exit(3)
+
+
+def _crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def _leave_state() -> tuple[torch.dtype, float, bool]:
@@ -84,6 +89,8 @@ def test_failures_show_every_rank_and_leave_nothing(own_pool):
     assert "barrier" in str(failure.value)
     with pytest.raises(AssertionError, match="rank 1 was given up"):
         ranks(2).run(_hang, timeout=1.0)
-    with pytest.raises(AssertionError, match="rank 0 died"):
+    with pytest.raises(AssertionError, match="rank 0 died, exit code 3"):
         ranks(1).run(_die)
+    with pytest.raises(AssertionError, match=r"rank 0 died, exit code -11(.|\n)*in _crash"):
+        ranks(1).run(_crash)
     assert ranks(2).run(_who_am_i) == [(0, 2, 2), (1, 2, 2)]
