@@ -1,7 +1,7 @@
 """Greedy decoding, milliseconds a token: tensorpar beside one process, its peers and the limit.
 
-The limit is half of what one process takes on one core, plus the latency of the collectives that
-tensorpar calls for a token, measured in the same run between the same processes. It halves what
+The limit is half of what one process takes on one core, plus the latency of an all-reduce for each
+collective that tensorpar calls for a token, measured in the same run. It halves what
 `generate` and the modules do between products, too, which every rank repeats. So beside it stands
 the floor: the least work of tensorpar's ranks, their products, fused attention and collectives
 alone, and all that one process does between its own. All contestants must choose the same tokens.
@@ -120,7 +120,8 @@ def decode(
     model = getattr(made.model, "module", made.model).eval()
     generator = torch.Generator().manual_seed(2)
     prompt = torch.randint(1, shape.vocabulary, (shape.batch, PROMPT), generator=generator)
-    wanted = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
+    model.generation_config.eos_token_id = None  # all tokens are wanted
+    wanted = {"max_new_tokens": num_tokens, "do_sample": False}
 
     def turn() -> tuple[list[list[int]], int]:
         with torch.no_grad(), made.forward(), Collectives() as seen:
@@ -152,7 +153,7 @@ def latency(shape: Shape, _: Seat) -> Callable[[], float]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collective calls."""
+    """Counts collective calls; a message each way between two ranks is one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +167,8 @@ class Collectives(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
-        if func.namespace in ("c10d", "_c10d_functional"):
+        is_collective = func.namespace in ("c10d", "_c10d_functional")
+        if is_collective and func is not torch.ops.c10d.send.default:
             self.calls[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 

@@ -63,9 +63,13 @@ def least(
 
     @torch.no_grad()
     def again() -> None:
+        pending = []
         for func, args, kwargs in seen.calls:
-            for result in tree_leaves(func(*args, **kwargs)):
-                if hasattr(result, "wait"):
+            results = tree_leaves(func(*args, **kwargs))
+            pending += [result for result in results if hasattr(result, "wait")]
+            if func is not torch.ops.c10d.recv_.default:  # what is sent for it comes next
+                for result in pending:
                     result.wait()
+                pending.clear()
 
     return again

@@ -13,6 +13,7 @@ from tensorpar.collectives import copy_region, gather_region, reduce_region_
 from tensorpar.guard import note_activation
 from tensorpar.mesh import tp_mesh
 from tensorpar.nn.cross_entropy import loss_on_shards
+from tensorpar.nn.greedy import ShardedLogits, chooses_greedily
 from tensorpar.parameters import from_local, local, mixture, shard_in_place
 from tensorpar.partition import chunk_bounds
 
@@ -104,12 +105,14 @@ class VocabParallelHead:
     mesh: DeviceMesh
     weight: torch.Tensor
     bias: Any
+    _forward_hooks: dict[int, Any]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., hidden]`, the same on all ranks, to logits `[..., vocabulary]`.
 
-        While the enclosing model computes a loss the logits are a DTensor `Shard(-1)` and nothing
-        is gathered; otherwise they are whole and plain on every rank.
+        While the enclosing model computes a loss the logits are a DTensor `Shard(-1)`, while
+        `generate` takes the likeliest token they are `ShardedLogits`, and nothing is gathered;
+        otherwise they are whole and plain on every rank.
         """
         note_activation(self, "input", input)
         bias = None if self.bias is None else local(self.bias)
@@ -120,6 +123,8 @@ class VocabParallelHead:
         shape = (*logits.shape[:-1], self.weight.shape[0])
         if loss_on_shards():
             return from_local(logits, self.mesh, len(shape) - 1, shape)
+        if chooses_greedily() and not self._forward_hooks:  # a hook may look on one rank only
+            return ShardedLogits.of(logits, shape[-1], self.mesh)
         return gather_region(logits, len(shape) - 1, shape[-1], self.mesh)
 
 

@@ -68,7 +68,8 @@ class Traffic(TorchDispatchMode):
 def _kind(name: str) -> str | None:
     kinds = {"reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
     kinds |= {"all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather"}
-    kinds |= {"broadcast": "broadcast"}
+    # of an all-reduce between two ranks, as messages, what a rank receives is as large
+    kinds |= {"broadcast": "broadcast", "recv_": "all-reduce"}
     return next((kind for part, kind in kinds.items() if part in name), None)
 
 

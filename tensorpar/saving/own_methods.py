@@ -5,7 +5,10 @@ The class of such a model is its own one with these methods in front, under the 
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -22,6 +25,7 @@ from tensorpar.files.writing import write_weights
 from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
+from tensorpar.nn.greedy import choosing_greedily
 from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.promise import origin_of
 from tensorpar.rendezvous import rendezvous
@@ -164,6 +168,26 @@ class GeneratesAlike(OwnMethods):
             _share_random_state(mesh)
         with generating(self) as finished:
             return finished(super().generate(*args, **kwargs))  # type: ignore[misc]
+
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin._sample`, gathering no logits where only the likeliest is taken."""
+        facts = inspect.signature(super()._sample).bind(*args, **kwargs).arguments  # type: ignore[misc]
+        with choosing_greedily() if _only_takes_largest(self, facts) else nullcontext():
+            return super()._sample(*args, **kwargs)  # type: ignore[misc]
+
+
+def _only_takes_largest(model: nn.Module, facts: Mapping[str, Any]) -> bool:
+    """Whether nobody else sees the logits: neither the caller nor a processor nor a hook."""
+    how = facts["generation_config"]
+    returned = how.return_dict_in_generate and (how.output_scores or how.output_logits)
+    own_hooks = 1  # the door's
+    return not (
+        how.do_sample
+        or returned
+        or facts["logits_processor"]
+        or len(model._forward_hooks) > own_hooks
+        or tp_mesh().size() == 1
+    )
 
 
 def _share_random_state(mesh: Any) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.collectives import Collectives
 from tests.conformance.families import CASES, CAUSAL, build, build_causal, inputs
 
 LAYERS = 2
@@ -18,22 +15,6 @@ PER_LAYER = dict.fromkeys(CASES, 2) | {"gptj": 1}
 MASKED = {"bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"}
 
 Counts = dict[str, int]
-
-
-class Collectives(TorchDispatchMode):
-    """Counts collective calls by name; unlike `CommDebugMode` it also bears two forwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        if func.namespace == "c10d":
-            self.counts[func.__name__.split(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def counted(family: str, head: str, labels: bool, check_batches: bool) -> tuple[Counts, Counts]:
@@ -63,14 +44,14 @@ def test_collectives_of_a_step(ranks, family, size):
     assert results == [({"allreduce_": EMBEDDING + layers}, {"allreduce_": layers})] * size
 
 
-def counted_generation(family: str) -> tuple[Counts, Counts]:
+def counted_generation(family: str, do_sample: bool) -> tuple[Counts, Counts]:
     """Collectives of generating two tokens, and of each token beyond them."""
     model = build_causal(family, parallel=True).eval()
     model.generation_config.eos_token_id = None
     found = []
     for tokens in (2, 5):
         with Collectives() as seen:
-            model.generate(torch.arange(2, 8)[None], max_new_tokens=tokens, do_sample=True)
+            model.generate(torch.arange(2, 8)[None], max_new_tokens=tokens, do_sample=do_sample)
         found.append(seen.counts)
     two, five = found
     more = five - two
@@ -84,7 +65,18 @@ def test_collectives_of_a_token(ranks, family):
     """A token costs the layers, the embedding, and one gather of the last position's logits."""
     layers = PER_LAYER[family] * LAYERS
     token = {"allreduce_": EMBEDDING + layers, "allgather_": 1}
-    for two, each in ranks(2).run(counted_generation, family):
+    for two, each in ranks(2).run(counted_generation, family, True):
         assert each == token
         assert two["allreduce_"] == BATCH_CHECK + 2 * token["allreduce_"]
         assert two["allgather_"] == 2
+
+
+@pytest.mark.feature("greedy decoding gathers no logits")
+@pytest.mark.parametrize("family", sorted(CASES))
+def test_collectives_of_the_likeliest_token(ranks, family):
+    """To choose the likeliest token costs one all-reduce; nothing is gathered."""
+    token = EMBEDDING + PER_LAYER[family] * LAYERS + 1
+    for two, each in ranks(2).run(counted_generation, family, False):
+        assert each == {"allreduce_": token}
+        assert two["allreduce_"] == BATCH_CHECK + 2 * token
+        assert "allgather_" not in two

@@ -11,6 +11,7 @@ import transformers
 from torch.distributed.tensor import DTensor, Shard
 
 import tensorpar
+from tests.collectives import Collectives
 from tests.conformance.families import (
     BEHIND_FLOAT32,
     CASES,
@@ -30,7 +31,6 @@ from tests.conformance.gpt2 import (
     scale_of,
     tensors_of,
 )
-from tests.conformance.test_communication import Collectives
 from tests.conformance.training import announced, arguments, make
 
 #: of a `Trainer`'s evaluation; it gathers their losses itself.

@@ -214,6 +214,43 @@ def test_what_generate_returns(ranks, family):
     require_close(results[0], seen_while_generating(family, False), 1e-4)
 
 
+def likeliest_tokens(family: str, parallel: bool) -> Tensors:
+    """Greedily chosen tokens, of which nobody sees the logits, and with somebody looking."""
+    model = build_causal(family, parallel=parallel).eval()
+    way = {**prompt(), "max_new_tokens": 6, "pad_token_id": PAD, "do_sample": False}
+    found = {"unseen": model.generate(**way)}
+    found["with a cache returned"] = model.generate(**way, return_dict_in_generate=True).sequences
+    looked: list[torch.Tensor] = []
+
+    def look(_: object, __: object, output: Any) -> None:
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        looked.append(logits[:, -1].detach().clone())
+
+    # a plain look, on one rank only, must find whole logits without the others' help
+    looks = not parallel or torch.distributed.get_rank() == 0
+    for name, module in (("head", model.get_output_embeddings()), ("model", model)):
+        hook = module.register_forward_hook(look if looks else lambda *_: None)
+        found[f"hook on the {name}"] = model.generate(**way)
+        hook.remove()
+    found |= {f"seen/{i}": x for i, x in enumerate(looked)}
+    return found
+
+
+@pytest.mark.feature("greedy decoding gathers no logits")
+@pytest.mark.parametrize("family", sorted(CASES))
+@pytest.mark.parametrize("size", [2, 4])
+def test_likeliest_tokens_are_those_of_one_process(ranks, family, size):
+    """Also where a hook looks at the logits, on one rank only."""
+    reference = likeliest_tokens(family, False)
+    first, *others = ranks(size).run(likeliest_tokens, family, True)
+    require_close(first, reference, CLOSE)
+    tokens = {name: x for name, x in reference.items() if not name.startswith("seen")}
+    assert {name: x.tolist() for name, x in tokens.items()} == {
+        name: first[name].tolist() for name in tokens
+    }
+    require_equal_ranks([{name: first[name] for name in tokens}, *others])
+
+
 def trained_after_sampling() -> tuple[torch.Tensor, bool]:
     """The random state after sampling from different seeds, and whether a training step works."""
     model = build(Case(config={"resid_pdrop": 0.3}), parallel=True)

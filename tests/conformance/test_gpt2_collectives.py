@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch.distributed.tensor.debug import CommDebugMode
 
 import tensorpar
+from tests.collectives import Collectives
 from tests.conformance.gpt2 import Case, batch, checkpoint_activations, config
 
 LAYERS = 2
 BATCH_CHECK, EMBEDDING, LOSS, HEAD_BACKWARD = 1, 1, 2, 1
 
 Counts = dict[str, int]
-
-
-def _counts(mode: CommDebugMode) -> Counter[str]:
-    return Counter({str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()})
 
 
 def counted(case: Case, train: bool, check_batches: bool) -> tuple[Counts, Counts]:
@@ -32,13 +27,13 @@ def counted(case: Case, train: bool, check_batches: bool) -> tuple[Counts, Count
     if case.checkpointing:
         checkpoint_activations(model)
     model.train(train)
-    with CommDebugMode() as mode, nullcontext() if train else torch.no_grad():
+    with Collectives() as seen, nullcontext() if train else torch.no_grad():
         output = model(**batch(case))
-        forward = _counts(mode)
+        forward = seen.counts.copy()
         if train:
             loss = output.loss if case.labels else output[0].sum()
             loss.backward()
-    return dict(forward), dict(_counts(mode) - forward)
+    return dict(forward), dict(seen.counts - forward)
 
 
 def _require(results: list[Any], forward: Counts, backward: Counts) -> None:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from transformers import GPT2LMHeadModel
 
 import tensorpar
+from tests.collectives import Collectives
 from tests.conformance.families import (
     BEHIND_FLOAT32,
     CASES,
@@ -194,11 +194,11 @@ def all_reduces(trainable: str) -> tuple[int, int]:
     model = build("gpt2", "GPT2LMHeadModel", parallel=True, check_batches=False).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable in name)
-    with CommDebugMode() as mode:
+    with Collectives() as seen:
         loss = model(**inputs("GPT2LMHeadModel", labels=True)).loss
-        forward = sum(mode.get_comm_counts().values())
+        forward = seen.counts.total()
         loss.backward()
-        return forward, sum(mode.get_comm_counts().values()) - forward
+        return forward, seen.counts.total() - forward
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 import tensorpar
+from tests.collectives import Collectives
 from tests.conformance.families import (
     BEHIND_FLOAT32,
     CASES,
@@ -38,7 +39,6 @@ from tests.conformance.test_communication import (
     LAYERS,
     LOSS,
     PER_LAYER,
-    Collectives,
     Counts,
 )
 

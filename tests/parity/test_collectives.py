@@ -171,3 +171,32 @@ def test_the_sum_may_take_the_place_of_a_term(ranks, size):
     """`reduce_region_` copies nothing, and its gradient is that of `reduce_region`."""
     for found in ranks(size).run(in_place):
         assert all(found.values()), found
+
+
+def reduced_by_messages(num: int, transposed: bool) -> tuple[int, list[torch.Tensor]]:
+    """How often torch's all-reduce is called for four reductions of `num` float32, and these."""
+    x = _draw(1, (num // 4, 4), common=False).float()
+    x = x.T if transposed else x
+    mesh = tensorpar.tp_mesh()
+    real = collectives.dist.all_reduce
+    with mock.patch.object(collectives.dist, "all_reduce", side_effect=real) as called:
+        found = [all_reduce(x, mesh), all_reduce(x, mesh, torch.distributed.ReduceOp.MAX)]
+        found += [all_reduce(x.round().long(), mesh), reduce_region_(x.clone(), mesh)]
+    return called.call_count, [x, *found]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("size", "num", "calls"), [(2, 8, 0), (2, 1 << 14, 1), (2, 1 << 15, 4)])
+def test_two_ranks_send_each_other_what_is_small(ranks, size, num, calls, transposed):
+    """Up to 64 kB, here of int64 half as many numbers; the same sums on both, bit for bit."""
+    (count, (x, *ours)), (_, (y, *theirs)) = ranks(size).run(reduced_by_messages, num, transposed)
+    assert count == calls
+    reference = [x + y, torch.maximum(x, y), x.round().long() + y.round().long(), x + y]
+    for one, other, expected in zip(ours, theirs, reference, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, expected)
+
+
+def test_four_ranks_use_torchs_all_reduce(ranks):
+    """Whatever the size."""
+    assert {count for count, _ in ranks(4).run(reduced_by_messages, 8, False)} == {4}
