@@ -81,7 +81,7 @@ class ShardedLogits(torch.Tensor):
         del types
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _ON_SHARDS and type(args[0]) is cls:
+            if func in _ON_SHARDS and args and type(args[0]) is cls:
                 result = _ON_SHARDS[func](*args, **kwargs)
                 if result is not None:
                     return result

@@ -57,6 +57,7 @@ QUESTIONS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "along rows": (lambda x: x.argmax(1), True),
     "kept dim": (lambda x: x.argmax(-1, keepdim=True), True),
     "wider": (lambda x: x.to(torch.float64).argmax(-1), True),
+    "by name": (lambda x: torch.argmax(input=x, dim=-1), True),
     "probabilities": (lambda x: torch.softmax(x[:, -1], -1), True),
     "a sum": (lambda x: 2 * x + x, True),
     "together": (lambda x: torch.cat([x, x[:, :1]], 1), True),
