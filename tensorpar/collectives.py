@@ -67,7 +67,7 @@ def _all_reduce_(
         dist.all_reduce(x, op, group=group)
         return
     rank = mesh.get_local_rank()
-    terms = [x.contiguous(), torch.empty(x.shape, dtype=x.dtype)]
+    terms = [x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device="cpu")]
     if rank == 1:  # the first rank's first, or they could differ in the sign of a zero
         terms.reverse()
     messages = [
