@@ -19,6 +19,7 @@ from torch import nn
 
 from tensorpar import hf_compat
 from tensorpar.agreement import require_agreement
+from tensorpar.collectives import all_reduce
 from tensorpar.files.replacing import replacing
 from tensorpar.files.uploading import push_together
 from tensorpar.files.writing import write_weights
@@ -26,6 +27,7 @@ from tensorpar.gathering import TIMEOUT, annotated
 from tensorpar.mesh import tp_mesh
 from tensorpar.model_doors import argument_facts, generating
 from tensorpar.nn.greedy import choosing_greedily
+from tensorpar.nn.vocabulary import VocabParallelHead
 from tensorpar.parameters import OwnMethods, mix_in
 from tensorpar.promise import origin_of
 from tensorpar.rendezvous import rendezvous
@@ -177,16 +179,29 @@ class GeneratesAlike(OwnMethods):
 
 
 def _only_takes_largest(model: nn.Module, facts: Mapping[str, Any]) -> bool:
-    """Whether nobody else sees the logits: neither the caller nor a processor nor a hook."""
-    how = facts["generation_config"]
+    """Whether on no rank the caller, a processor or a hook sees the logits; one all-reduce."""
+    mesh, how = tp_mesh(), facts["generation_config"]
+    if how.do_sample or mesh.size() == 1:
+        return False
     returned = how.return_dict_in_generate and (how.output_scores or how.output_logits)
-    own_hooks = 1  # the door's
-    return not (
-        how.do_sample
-        or returned
-        or facts["logits_processor"]
-        or len(model._forward_hooks) > own_hooks
-        or tp_mesh().size() == 1
+    seen = bool(returned or facts["logits_processor"] or _has_hook_on_logits(model))
+    # a hook may be on one rank only, and all must gather for it
+    flag = torch.tensor([seen], dtype=torch.int32, device=mesh.device_type)
+    return not all_reduce(flag, mesh, dist.ReduceOp.MAX)
+
+
+def _has_hook_on_logits(model: nn.Module) -> bool:
+    """Whether a head, or a module around it, has a forward hook other than a door's."""
+    modules = dict(model.named_modules())
+    heads = [name for name, module in modules.items() if isinstance(module, VocabParallelHead)]
+    around = {
+        ".".join(parts[:depth])
+        for parts in (name.split(".") for name in heads)
+        for depth in range(len(parts) + 1)
+    }
+    return any(
+        len(modules[name]._forward_hooks) > ("_tensorpar_door" in modules[name].__dict__)
+        for name in around
     )
 
 

@@ -226,12 +226,18 @@ def likeliest_tokens(family: str, parallel: bool) -> Tensors:
         logits = output if isinstance(output, torch.Tensor) else output.logits
         looked.append(logits[:, -1].detach().clone())
 
-    # a plain look, on one rank only, must find whole logits without the others' help
+    # on one rank only, where a look must find whole logits without the others' help
     looks = not parallel or torch.distributed.get_rank() == 0
-    for name, module in (("head", model.get_output_embeddings()), ("model", model)):
-        hook = module.register_forward_hook(look if looks else lambda *_: None)
-        found[f"hook on the {name}"] = model.generate(**way)
-        hook.remove()
+    head = model.get_output_embeddings()
+    names = next(name for name, module in model.named_modules() if module is head).split(".")
+    around = {
+        depth: model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)
+    }
+    for name, module in around.items():
+        hook = module.register_forward_hook(look) if looks else None
+        found[f"hook at depth {name}"] = model.generate(**way)
+        if hook is not None:
+            hook.remove()
     found |= {f"seen/{i}": x for i, x in enumerate(looked)}
     return found
 
