@@ -28,6 +28,7 @@ KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu_backward",
     "_fused_adamw_",
 )
+MESSAGES = (torch.ops.c10d.recv_.default, torch.ops.c10d.send.default)
 #: a call that ended, to be made again.
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -63,13 +64,19 @@ def least(
 
     @torch.no_grad()
     def again() -> None:
-        pending = []
+        pending: list[Any] = []
         for func, args, kwargs in seen.calls:
+            if func not in MESSAGES:  # messages that follow each other are one exchange
+                wait_for(pending)
             results = tree_leaves(func(*args, **kwargs))
             pending += [result for result in results if hasattr(result, "wait")]
-            if func is not torch.ops.c10d.recv_.default:  # what is sent for it comes next
-                for result in pending:
-                    result.wait()
-                pending.clear()
+        wait_for(pending)
 
     return again
+
+
+def wait_for(pending: list[Any]) -> None:
+    """Of calls that are under way; none is left."""
+    for one in pending:
+        one.wait()
+    pending.clear()

@@ -27,15 +27,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from tensorpar.paging import empty_in_large_pages
+from tensorpar.messages import REDUCING, exchange, gather_last_dim, sends_messages
 from tensorpar.parameters import local_shard
 from tensorpar.partition import chunk_sizes
 
-#: on the CPU, a rank sends about so much at a time of what is gathered along its last dim.
-_BLOCK_BYTES = 1 << 22
 #: up to here two ranks on the CPU send each other what they have, and both add it up. That is one
 #: trip; gloo's all-reduce makes several and wakes a thread before and after, which is more than
 #: half of its time: of 64 kB 1.1 ms, a message each way 0.5 ms (2 cores, torch 2.13).
@@ -44,7 +41,6 @@ _OF_TWO: dict[Any, Callable[..., torch.Tensor]] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.MAX: torch.maximum,
 }
-_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def all_reduce(
@@ -60,22 +56,17 @@ def all_reduce(
 def _all_reduce_(
     x: torch.Tensor, mesh: DeviceMesh, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> None:
-    group = mesh.get_group()
-    is_small = mesh.size() == 2 and x.device.type == "cpu" and x.nbytes <= _MESSAGE_BYTES
-    combine = _OF_TWO.get(op) if is_small and not _is_compiling() else None
-    if combine is None or dist.get_backend(group) != "gloo":
-        dist.all_reduce(x, op, group=group)
+    is_small = mesh.size() == 2 and x.nbytes <= _MESSAGE_BYTES
+    combine = _OF_TWO.get(op) if is_small and sends_messages(x, mesh) else None
+    if combine is None:
+        dist.all_reduce(x, op, group=mesh.get_group())
         return
     rank = mesh.get_local_rank()
     terms = [x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device="cpu")]
     if rank == 1:  # the first rank's first, or they could differ in the sign of a zero
         terms.reverse()
-    messages = [
-        dist.irecv(terms[1 - rank], group=group, group_src=1 - rank),
-        dist.isend(terms[rank], group=group, group_dst=1 - rank),
-    ]
-    for message in messages:
-        message.wait()  # type: ignore[union-attr]
+    for message in exchange(terms[rank], {1 - rank: terms[1 - rank]}, REDUCING, mesh):
+        message.wait()
     combine(*terms, out=x)
 
 
@@ -88,35 +79,14 @@ def all_gather(x: torch.Tensor, dim: int, size: int, mesh: DeviceMesh) -> torch.
     if mesh.size() == 1:
         return x
     sizes = chunk_sizes(size, mesh.size())
-    if dim == x.ndim - 1 and x.device.type == "cpu":
-        return _gather_last_dim(x.detach(), sizes, mesh)
+    if dim == x.ndim - 1 and sends_messages(x, mesh):
+        return gather_last_dim(x.detach(), sizes, mesh)
     padded = x.new_zeros((*x.shape[:dim], sizes[0], *x.shape[dim + 1 :]))
     padded.narrow(dim, 0, x.shape[dim]).copy_(x.detach())
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=mesh.get_group())
     pairs = zip(parts, sizes, strict=True)
     return torch.cat([part.narrow(dim, 0, length) for part, length in pairs], dim)
-
-
-def _gather_last_dim(x: torch.Tensor, sizes: Sequence[int], mesh: DeviceMesh) -> torch.Tensor:
-    """`all_gather` along the last dim, block by block of rows, on the CPU.
-
-    What arrives is still in cache when it is put into its place. All at once, the ranks' chunks of
-    logits would go through three more buffers of their size, of which the system would have to
-    hand out each page.
-    """
-    num_rows, held = x.shape[:-1].numel(), x.shape[-1]
-    own = x.reshape(num_rows, held)
-    whole = empty_in_large_pages((num_rows, sum(sizes)), x.dtype)
-    num_at_once = max(1, _BLOCK_BYTES // max(1, sizes[0] * x.element_size()))
-    parts = [x.new_empty((min(num_at_once, num_rows), sizes[0])) for _ in sizes]
-    for block, place in zip(own.split(num_at_once), whole.split(num_at_once), strict=True):
-        arrived = [part[: len(block)] for part in parts]
-        padded = F.pad(block, (0, sizes[0] - held)) if held < sizes[0] else block.contiguous()
-        dist.all_gather(arrived, padded, group=mesh.get_group())
-        for part, columns in zip(arrived, place.split(list(sizes), 1), strict=True):
-            columns.copy_(part[:, : columns.shape[1]])
-    return whole.view(*x.shape[:-1], sum(sizes))
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, mesh: DeviceMesh) -> torch.Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensorpar.messages import GATHERING, REDUCING
+
 #: of two ranks that send each other what they have, each counts what it receives.
-MESSAGES = {"recv_": "allreduce_", "send": None}
+MESSAGES = {REDUCING: "allreduce_", GATHERING: "allgather_"}
 
 
 class Collectives(TorchDispatchMode):
@@ -24,6 +26,7 @@ class Collectives(TorchDispatchMode):
         del types
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func.__name__.split(".")[0]
-            if (name := MESSAGES.get(name, name)) not in (None, "wait_tensor"):
+            name = MESSAGES[args[-1]] if name == "recv_" else name
+            if name not in ("send", "wait_tensor"):
                 self.counts[name] += 1
         return func(*args, **(kwargs or {}))

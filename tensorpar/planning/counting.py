@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tensorpar.messages import GATHERING
 from tensorpar.parameters import local
 
 #: the module that asks for a collective, to what it is for; the innermost one on the stack tells.
@@ -31,7 +32,8 @@ class Sent:
 
     Attributes:
         num_calls: how many.
-        num_bytes: of the whole tensors that they reduce or assemble, on one rank.
+        num_bytes: of the whole tensors that they reduce or assemble, on one rank; of messages
+            what arrives.
     """
 
     num_calls: int = 0
@@ -59,17 +61,18 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # comes back with local tensors
-        if func.namespace in ("c10d", "_c10d_functional") and (kind := _kind(func.__name__)):
+        if func.namespace in ("c10d", "_c10d_functional") and (kind := _kind(func.__name__, args)):
             name = f"{kind} {_purpose() or self.phase}"
             self.sent[name] = self.sent.get(name, Sent()) + Sent(1, _largest(args[:2]))
         return func(*args, **(kwargs or {}))
 
 
-def _kind(name: str) -> str | None:
+def _kind(name: str, args: tuple[Any, ...]) -> str | None:
     kinds = {"reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
     kinds |= {"all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather"}
-    # of an all-reduce between two ranks, as messages, what a rank receives is as large
-    kinds |= {"broadcast": "broadcast", "recv_": "all-reduce"}
+    kinds |= {"broadcast": "broadcast"}
+    if name.startswith("recv_"):  # a message, which ranks send each other in place of a collective
+        return "all-gather" if args[-1] == GATHERING else "all-reduce"
     return next((kind for part, kind in kinds.items() if part in name), None)
 
 

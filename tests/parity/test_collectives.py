@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensorpar
-from tensorpar import collectives
+from tensorpar import collectives, messages
 from tensorpar.collectives import (
     all_gather,
     all_gather_region,
@@ -128,7 +128,7 @@ def round_trips(size: int) -> dict[str, bool]:
         == num_ranks - 1,
     }
     wide = _draw(5, (5, 2, size), common=True).transpose(0, 1)
-    with mock.patch.object(collectives, "_BLOCK_BYTES", 3 * 8 * chunk_sizes(size, num_ranks)[0]):
+    with mock.patch.object(messages, "_BLOCK_BYTES", 3 * 8 * chunk_sizes(size, num_ranks)[0]):
         found["in blocks of rows"] = torch.equal(
             all_gather(wide[..., start:stop], 2, size, mesh), wide
         )

@@ -31,7 +31,7 @@ FLOORS = [
         "rendezvous",
     },
     {"files", "hf_construction", "together"},
-    {"mesh", "parameters", "styles", "moments"},
+    {"mesh", "messages", "parameters", "styles", "moments"},
     {"collectives", "ranks", "registry", "gathering", "empty_shards"},
     {"rows"},
     {"preemption", "region", "agreement", "own_batches", "replace", "reproducible"},
