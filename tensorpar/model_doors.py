@@ -32,6 +32,7 @@ from tensorpar.empty_shards import empty_shard
 from tensorpar.guard import Guard, guarded_generation
 from tensorpar.mesh import is_initialized, world
 from tensorpar.nn.cross_entropy import ShardedLoss
+from tensorpar.nn.tied import tied_weights
 from tensorpar.parameters import OwnMethods, local, mix_in, shard_dim
 from tensorpar.partition import chunk_sizes
 from tensorpar.random import Fork
@@ -177,6 +178,7 @@ class ModelDoor:
         self, model: nn.Module, given: dict[str, Any], contexts: ExitStack
     ) -> None:
         contexts.callback(_inside.reset, _inside.set(True))
+        contexts.enter_context(tied_weights())
         remember(model)
         if self._has_idle_rank and torch.is_grad_enabled():
             self._refuse_fully_shard(model)

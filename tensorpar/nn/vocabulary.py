@@ -14,6 +14,7 @@ from tensorpar.guard import note_activation
 from tensorpar.mesh import tp_mesh
 from tensorpar.nn.cross_entropy import loss_on_shards
 from tensorpar.nn.greedy import ShardedLogits, chooses_greedily
+from tensorpar.nn.tied import embedded, scoring
 from tensorpar.parameters import from_local, local, mixture, shard_in_place
 from tensorpar.partition import chunk_bounds
 
@@ -56,12 +57,14 @@ class VocabParallel:
                     f"tokens in [{low}, {high}], required: in [0, {self.num_embeddings})"
                 )
         start, stop = self._bounds()
-        weight = local(self.weight)
         foreign = (input < start) | (input >= stop)
-        if start == stop:  # no token lives here, and F.embedding needs one row
-            weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
         local_ids = (input - start).masked_fill(foreign, 0)
-        rows = F.embedding(local_ids, weight, self.local_padding_idx())
+        if start < stop:
+            rows = embedded(self.weight, local_ids, self.local_padding_idx())
+        else:  # no token lives here, and F.embedding needs one row
+            weight = local(self.weight)
+            row = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+            rows = F.embedding(local_ids, row)
         return reduce_region_(rows.masked_fill(foreign.unsqueeze(-1), 0.0), self.mesh)
 
 
@@ -118,7 +121,7 @@ class VocabParallelHead:
         # of an input with gaps (the last position's), torch makes a product for each row of the
         # batch, unless the weight requires a gradient, which a local one does not in generation
         dense = copy_region(input, self.mesh).contiguous()
-        logits = F.linear(dense, local(self.weight), bias)
+        logits = F.linear(dense, scoring(self.weight), bias)
         shape = (*logits.shape[:-1], self.weight.shape[0])
         if loss_on_shards():
             return from_local(logits, self.mesh, len(shape) - 1, shape)
