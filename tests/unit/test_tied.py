@@ -132,13 +132,14 @@ def test_two_backwards_of_one_graph(ids):
 
 
 def test_nothing_is_passed_on_to_the_next_forward():
-    """Nor is there anything without gradients."""
+    """Nor to what comes after the forward, nor without gradients."""
     model = Model(own=True)
     with model.forward():
         model.embed(torch.tensor(FEW))
         assert scoring(model.weight) is not model.weight
         with torch.no_grad():
             assert scoring(model.weight) is model.weight
+    assert scoring(model.weight) is model.weight
     with model.forward():
         assert scoring(model.weight) is model.weight
     with model.forward(), torch.no_grad():
