@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tensorpar.parameters import local
 
 #: of the forward under way: parameters that were embedded, each with its local part passed on.
-_passed_on: ContextVar[dict[int, tuple[torch.Tensor, torch.Tensor]] | None] = ContextVar(
+_passed_on: ContextVar[dict[torch.Tensor, torch.Tensor] | None] = ContextVar(
     "passed_on", default=None
 )
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -52,17 +52,15 @@ def embedded(parameter: torch.Tensor, ids: torch.Tensor, padding_idx: int | None
     if passed_on is None or _is_compiling() or not torch.is_grad_enabled():
         return F.embedding(ids, weight, padding_idx)
     rows, weight = _Embedded.apply(weight, ids, -1 if padding_idx is None else padding_idx)
-    passed_on[id(parameter)] = parameter, weight
+    passed_on[parameter] = weight
     return rows
 
 
 def scoring(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a head's weight: those that were passed on, if the same were embedded."""
-    if (passed_on := _passed_on.get()) and torch.is_grad_enabled() and not _is_compiling():
-        _, weight = passed_on.get(id(parameter), (None, None))
-        if weight is not None:
-            return weight
-    return local(parameter)
+    passed_on = _passed_on.get() if torch.is_grad_enabled() and not _is_compiling() else None
+    weight = None if passed_on is None else passed_on.get(parameter)
+    return local(parameter) if weight is None else weight
 
 
 class _Embedded(torch.autograd.Function):
