@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch._subclasses import FakeTensor
@@ -51,5 +52,10 @@ def _advise(advice: str, first: int, end: int) -> None:
     number = getattr(mmap, advice, None)
     if number is None or first >= end:
         return
-    if (advise := getattr(ctypes.CDLL(None), "madvise", None)) is not None:
+    if (advise := getattr(_c_library(), "madvise", None)) is not None:
         advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), number)
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -3,6 +3,9 @@
 A turn ends when every parameter has been read once: the bits of all are added up, which also tells
 whether all contestants loaded the same. First with the file in the page cache, then without it, as
 far as the system lets go of it. GPT-NeoX is also loaded by Transformers' own tensor parallelism.
+
+"least work" is what no loading can do without that gives contiguous shards: rows stay mapped from
+the file, columns are copied out of it, and there is no model at all.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ from checkpoints.folders import (
 )
 
 FILE = "model.safetensors"
-#: a slow disk takes half a minute for a turn.
-MOST_COLD_TURNS = 3
+#: what ends the names of weights that are cut into columns, GPT-J's and GPT-NeoX's.
+COLUMNS = ("out_proj.weight", "fc_out.weight", "attention.dense.weight", "dense_4h_to_h.weight")
+#: those that are this rank's part, and those that are whole.
+Tensors = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -61,14 +66,15 @@ def contest(
     args: argparse.Namespace, family: str, source: Path, prepare: Callable[[Path], bool | None]
 ) -> dict[str, Any]:
     """Turns of all contestants for one model, its file prepared before each."""
-    cold = prepare is drop_from_cache
-    if cold and not prepare(source / FILE):
+    if prepare is drop_from_cache and not prepare(source / FILE):
         print("not shown, the system keeps its pages")
         return {}
     ways = {
         "transformers": ("one process", 1),
         "tensorpar, tp 2": ("tensorpar", 2),
         "tensorpar, tp 4": ("tensorpar", 4),
+        "least work, tp 2": ("least work", 2),
+        "least work, tp 4": ("least work", 4),
     }
     if family == "gptneox":
         ways["transformers, tp 2"] = ("transformers", 2)
@@ -78,8 +84,7 @@ def contest(
     }
     with ExitStack() as stack:
         contestants = entered(stack, entries, args.threads, source.parent)
-        turns = min(args.turns, MOST_COLD_TURNS) if cold else args.turns
-        _, results = alternate(contestants, warmup=1, turns=turns)
+        _, results = alternate(contestants, warmup=1, turns=args.turns)
     if len({told["sum"] for turns in results.values() for told in turns}) > 1:
         raise SystemExit("the contestants loaded different values")
     times = {
@@ -94,10 +99,33 @@ def loads(
     source: str, way: str, prepare: Callable[[Path], object], seat: Seat
 ) -> Callable[[], dict[str, Any]]:
     """A process that loads the model and forgets it, time after time."""
+    from tensorpar.files.reading import counting
+
+    file = Path(source) / FILE
+    load = partial(slices, file, seat) if way == "least work" else loader(source, way, seat)
+
+    def turn() -> dict[str, Any]:
+        if seat.rank == 0:
+            prepare(file)
+        seat.from_all(None)
+        with Peak() as peak, counting() as requested:
+            start = time.perf_counter()
+            loaded = load()
+            total, held = read_once(loaded, seat)
+            seconds = time.perf_counter() - start
+        del loaded
+        gc.collect()  # what is mapped stays in the cache
+        told = {"requested": requested.num_bytes, "peak": peak.bytes, "held": held}
+        return {"sum": total, "ranks": seat.from_all(told | {"seconds": seconds})}
+
+    return turn
+
+
+def loader(source: str, way: str, seat: Seat) -> Callable[[], torch.nn.Module]:
+    """What loads the model, set up."""
     import transformers
 
     import tensorpar
-    from tensorpar.files.reading import counting
 
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": torch.bfloat16}
@@ -108,38 +136,59 @@ def loads(
         os.environ.update({name: str(value) for name, value in told.items()})
         options["tp_plan"] = "auto"
 
-    def turn() -> dict[str, Any]:
-        if seat.rank == 0:
-            prepare(Path(source) / FILE)
-        seat.from_all(None)
+    def load() -> torch.nn.Module:
         context = tensorpar.tensor_parallelism if way == "tensorpar" else nullcontext
-        with Peak() as peak, counting() as requested:
-            start = time.perf_counter()
-            with context():
-                model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-            total, held = read_once(model, seat)
-            seconds = time.perf_counter() - start
-        del model
-        gc.collect()  # what is mapped stays in the cache
-        told = {"requested": requested.num_bytes, "peak": peak.bytes, "held": held}
-        return {"sum": total, "ranks": seat.from_all(told | {"seconds": seconds})}
+        with context():
+            return transformers.AutoModelForCausalLM.from_pretrained(source, **options)
 
-    return turn
+    return load
 
 
-def read_once(model: torch.nn.Module, seat: Seat) -> tuple[int, int]:
+def slices(file: Path, seat: Seat) -> Tensors:
+    """This rank's part of each tensor, cut where tensorpar cuts it."""
+    from tensorpar.files.reading import open_sources
+    from tensorpar.paging import empty_in_large_pages
+
+    sharded, whole = [], []
+    with ExitStack() as stack:
+        for name, tensor in open_sources(stack, [file], last=True).items():
+            if name.endswith(COLUMNS):
+                size = tensor.shape[1] // seat.num_ranks
+                columns = tensor[:, seat.rank * size : (seat.rank + 1) * size]
+                sharded.append(empty_in_large_pages(columns.shape, columns.dtype).copy_(columns))
+            elif len(tensor.shape) == 2:
+                size = tensor.shape[0] // seat.num_ranks
+                sharded.append(tensor[seat.rank * size : (seat.rank + 1) * size])
+            else:
+                whole.append(tensor[...])
+    return sharded, whole
+
+
+def read_once(loaded: torch.nn.Module | Tensors, seat: Seat) -> tuple[int, int]:
     """The sum of all parameters' bits over all ranks, and the bytes that this rank holds."""
-    sharded = replicated = held = 0
+    sharded, whole = parted(loaded) if isinstance(loaded, torch.nn.Module) else loaded
+    total = sum(seat.from_all(sum(map(bits, sharded)))) + sum(map(bits, whole))
+    return total, sum(tensor.nbytes for tensor in (*sharded, *whole))
+
+
+def parted(model: torch.nn.Module) -> Tensors:
+    """A model's parameters, as this rank holds them: those that are its part, and whole ones."""
+    sharded, whole = [], []
     for parameter in model.parameters():
         values = parameter.detach()
-        whole = not isinstance(values, DTensor) or values.placements[0].is_replicate()
-        local = values.to_local() if isinstance(values, DTensor) else values
-        # a few at a time, since a sum of integers first makes them all wider
-        pieces = local.contiguous().view(-1).view(torch.int16).split(1 << 18)
-        bits = sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
-        held += local.nbytes
-        sharded, replicated = sharded + bits * (not whole), replicated + bits * whole
-    return sum(seat.from_all(sharded)) + replicated, held
+        if not isinstance(values, DTensor):
+            whole.append(values)
+        elif values.placements[0].is_replicate():
+            whole.append(values.to_local())
+        else:
+            sharded.append(values.to_local())
+    return sharded, whole
+
+
+def bits(values: torch.Tensor) -> int:
+    """Of a 2-byte tensor; a few at a time, since a sum of integers first makes them all wider."""
+    pieces = values.contiguous().view(-1).view(torch.int16).split(1 << 18)
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)
 
 
 def row(
