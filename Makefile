@@ -37,9 +37,9 @@ features: .venv/test
 	$(BIN)/python -m pytest --collect-only --quiet --features=README.md
 
 bench: .venv/benchmarks
-	$(BIN)/python benchmarks/bench_step.py
-	$(BIN)/python benchmarks/bench_step.py --what forward
-	$(BIN)/python benchmarks/bench_decode.py
+	$(BIN)/python benchmarks/bench_step.py --batch 1
+	$(BIN)/python benchmarks/bench_step.py --batch 1 --what forward
+	$(BIN)/python benchmarks/bench_decode.py --batches 1
 	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention_memory.py

@@ -25,12 +25,11 @@ from chart import bars
 from contest import Contestant, Seat, alternate, present, ratio, record
 from least import LEAST, least
 from models import Shape
-from systems import GENERATING, SYSTEMS
+from systems import GENERATING, ONE_CORE, SYSTEMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
 PROMPT = 32
-ONE_CORE = "one process, one core"
 ITS_LEAST = "its least work"
 
 

@@ -1,25 +1,30 @@
 """The least that a step can take: its arithmetic and its collectives, and nothing between them.
 
-A step of tensorpar is watched once. What no system can leave out is then repeated alone, on the
-same tensors: matrix products, fused attention, the optimizer's kernel, collectives. No norm, no
-activation, no dropout, no loss, no autograd, no Python of a module. What the ranks of this machine
-take for that, running together, bounds every system that shares out the same products.
+A step of tensorpar is watched once, and calls of it are then made again: without Python of modules,
+without autograd. What the ranks of this machine take for that, running together, is a bound.
+
+* `least work`: what no system can leave out that shares out the same products: these, fused
+  attention, the optimizer's kernel, collectives. No norm, no activation, no dropout, no loss.
+* `kernels alone`: every operation of the step, those included that Transformers' modules ask for;
+  what tensorpar takes longer than this is Python's and autograd's.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from contest import Seat
 from models import Shape
+from torch import fx
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
-LEAST = "least work"
-KERNELS = (
+LEAST, KERNELS = "least work", "kernels alone"
+PRODUCTS = (
     "mm",
     "addmm",
     "bmm",
@@ -28,27 +33,85 @@ KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu_backward",
     "_fused_adamw_",
 )
-MESSAGES = (torch.ops.c10d.recv_.default, torch.ops.c10d.send.default)
-#: a call that ended, to be made again.
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of `KERNELS` and of every collective, with what they were given."""
+    """Writes down collectives and operations, each with what those before have made for it.
 
-    def __init__(self) -> None:
+    A tensor is known by its memory, since autograd hands on others that share it; what was made is
+    kept until the end, lest its memory is used again. What is under way is waited for when its
+    memory is used.
+
+    Args:
+        bound: `LEAST` or `KERNELS`.
+    """
+
+    def __init__(self, bound: str) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self._bound = bound
+        self._root, self._graph = torch.nn.Module(), fx.Graph()
+        self._made: dict[Any, tuple[fx.Node, torch.Tensor]] = {}
+        self._under_way: list[tuple[fx.Node, set[int]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        del types
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # comes back with local tensors
         kwargs = kwargs or {}
-        if func.namespace == "c10d" or func.overloadpacket.__name__ in KERNELS:
-            given = tree_map_only(DTensor, DTensor.to_local, (args, kwargs))
-            self.calls.append((func, *tree_map_only(torch.Tensor, torch.Tensor.detach, given)))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        counts = self._bound == KERNELS or func.overloadpacket.__name__ in PRODUCTS
+        if counts or func.namespace == "c10d":
+            used = {storage_of(x) for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+            self._wait_for(used)
+            call = self._graph.call_function(func, *tree_map(self._given, (args, kwargs)))
+            self._note(call, result, used)
+        return result
+
+    def replay(self) -> Callable[[], None]:
+        """Makes the calls again."""
+        self._wait_for(None)
+        self._graph.output(None)
+        return torch.no_grad()(fx.GraphModule(self._root, self._graph))
+
+    def _wait_for(self, used: set[int] | None) -> None:
+        for one in list(self._under_way):
+            work, memory = one
+            if used is None or used & memory:
+                self._graph.call_method("wait", (work,))
+                self._under_way.remove(one)
+
+    def _given(self, value: Any) -> Any:
+        """The node that makes an argument; what code cannot be written of is held by a module."""
+        if is_tensor(value) and (made := self._made.get(identity(value))):
+            return made[0]
+        if not isinstance(value, torch.Tensor | torch.ScriptObject | torch.Generator):
+            return value
+        name = f"held_{len(self._graph.nodes)}"
+        setattr(self._root, name, value.detach() if is_tensor(value) else value)
+        return self._graph.get_attr(name)
+
+    def _note(self, node: fx.Node, result: Any, used: set[int]) -> None:
+        if isinstance(result, list | tuple):
+            for place, part in enumerate(result):
+                self._note(self._graph.call_function(operator.getitem, (node, place)), part, used)
+        elif is_tensor(result):
+            self._made[identity(result)] = node, result
+        elif hasattr(result, "wait"):
+            self._under_way.append((node, used))
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def identity(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are the same part of one memory."""
+    return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def least(
@@ -56,27 +119,10 @@ def least(
     shape: Shape,
     seat: Seat,
     system: str = "tensorpar",
+    bound: str = LEAST,
 ) -> Callable[[], None]:
     """What of a system's step, forward or decoding must be done, to be repeated."""
     step = step_of_system(system, shape, seat)
-    with Recorder() as seen:
+    with Recorder(bound) as seen:
         step()
-
-    @torch.no_grad()
-    def again() -> None:
-        pending: list[Any] = []
-        for func, args, kwargs in seen.calls:
-            if func not in MESSAGES:  # messages that follow each other are one exchange
-                wait_for(pending)
-            results = tree_leaves(func(*args, **kwargs))
-            pending += [result for result in results if hasattr(result, "wait")]
-        wait_for(pending)
-
-    return again
-
-
-def wait_for(pending: list[Any]) -> None:
-    """Of calls that are under way; none is left."""
-    for one in pending:
-        one.wait()
-    pending.clear()
+    return seen.replay()

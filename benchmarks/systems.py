@@ -83,6 +83,9 @@ SYSTEMS: dict[str, Callable[[Shape, Seat], Training]] = {
     "parallelize_module": parallelize_module,
     "DeepSpeed AutoTP": deepspeed,
 }
+#: the first of them, with no more than the cores of one rank.
+ONE_CORE = "one process, one core"
+PEERS = [name for name in SYSTEMS if name not in ("one process", "tensorpar")]
 #: for forwards with labels: logits whole on every rank, and as a training step leaves them.
 EVALUATING = {**SYSTEMS, "tensorpar, sharded": partial(tensorpar, gather_logits=False)}
 #: for generation, which looks at whole logits.
