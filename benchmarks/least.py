@@ -39,8 +39,8 @@ class Recorder(TorchDispatchMode):
     """Writes down collectives and operations, each with what those before have made for it.
 
     A tensor is known by its memory, since autograd hands on others that share it; what was made is
-    kept until the end, lest its memory is used again. What is under way is waited for when its
-    memory is used.
+    kept until the end, lest its memory is used again. What is under way is waited for when the step
+    has used its memory.
 
     Args:
         bound: `LEAST` or `KERNELS`.
@@ -60,10 +60,11 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # comes back with local tensors
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        used = {storage_of(x) for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        if not func.is_view:
+            self._wait_for(used)
         counts = self._bound == KERNELS or func.overloadpacket.__name__ in PRODUCTS
         if counts or func.namespace == "c10d":
-            used = {storage_of(x) for x in tree_leaves((args, kwargs)) if is_tensor(x)}
-            self._wait_for(used)
             call = self._graph.call_function(func, *tree_map(self._given, (args, kwargs)))
             self._note(call, result, used)
         return result
@@ -123,6 +124,7 @@ def least(
 ) -> Callable[[], None]:
     """What of a system's step, forward or decoding must be done, to be repeated."""
     step = step_of_system(system, shape, seat)
+    step()  # the first makes the optimizer's state
     with Recorder(bound) as seen:
         step()
     return seen.replay()
