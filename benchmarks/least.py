@@ -12,7 +12,7 @@ without autograd. What the ranks of this machine take for that, running together
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import fx
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tensorpar.paging import empty_in_large_pages
 
 LEAST, KERNELS = "least work", "kernels alone"
 PRODUCTS = (
@@ -65,7 +67,8 @@ class Recorder(TorchDispatchMode):
             self._wait_for(used)
         counts = self._bound == KERNELS or func.overloadpacket.__name__ in PRODUCTS
         if counts or func.namespace == "c10d":
-            call = self._graph.call_function(func, *tree_map(self._given, (args, kwargs)))
+            again = empty if func is torch.ops.aten.empty.memory_format else func
+            call = self._graph.call_function(again, *tree_map(self._given, (args, kwargs)))
             self._note(call, result, used)
         return result
 
@@ -100,6 +103,11 @@ class Recorder(TorchDispatchMode):
             self._made[identity(result)] = node, result
         elif hasattr(result, "wait"):
             self._under_way.append((node, used))
+
+
+def empty(shape: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+    """In large pages, which tensorpar asks for outside of what is recorded."""
+    return empty_in_large_pages(shape, dtype or torch.get_default_dtype())
 
 
 def is_tensor(value: Any) -> bool:
