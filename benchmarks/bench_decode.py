@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 FAMILIES = ("gpt2", "gptj", "gpt_neo")
 PROMPT = 32
-ITS_LEAST = "its least work"
+VOCABULARY = 50257
+ITS_LEAST, LATENCY = "its least work", "latency"
 
 
 def main() -> None:
@@ -38,77 +39,89 @@ def main() -> None:
     rows = []
     for family in args.families:
         for batch in args.batches:
-            shape = Shape(family, args.width, args.layers, batch, PROMPT + args.tokens, 50257)
+            shape = Shape(
+                family, args.width, args.layers, batch, PROMPT + args.tokens, args.vocabulary
+            )
             print(f"\n{shape}, prompt {PROMPT}")
             rows.append(measured(shape, args))
-    record("decode_cpu", {"rows": rows, "arguments": vars(args)})
+    few = f"_vocabulary_{args.vocabulary}" if args.vocabulary != VOCABULARY else ""
+    name = f"decode{few}_cpu"
+    record(name, {"rows": rows, "arguments": vars(args)})
     ratios = {
         f"{row['family']} x {row['batch']}": {
             name: value["ms a token"] / row["limit"] for name, value in row["systems"].items()
         }
         for row in rows
     }
-    bars(ratios, "decode_cpu", "decoding: time against half of one core plus latency")
+    bars(ratios, name, "decoding: time against half of one core plus latency")
 
 
 def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one shape, shown."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-
-        def way(work: Callable[[Seat], Any], ranks: int, threads: int) -> Callable[[], Contestant]:
-            return partial(Contestant, work, ranks, threads, folder)
-
-        def work(system: str) -> Callable[[Seat], Any]:
-            return partial(decode, system, shape, num_tokens=args.tokens)
-
-        ways = {ONE_CORE: way(work("one process"), 1, 1)}
-        for name in args.systems:
-            ranks = 1 if name == "one process" else args.tp
-            ways[name] = way(work(name), ranks, args.tp)
-        contestants = present(stack, ways)
-        products = partial(least, partial(decode, num_tokens=args.tokens), shape)
-        alone = {
-            LEAST: (products, args.tp),
-            ITS_LEAST: (partial(products, system="one process"), 1),
-            "latency": (partial(latency, shape), args.tp),
-        }
-        bounds = {
-            name: stack.enter_context(way(one, ranks, ranks)())
-            for name, (one, ranks) in alone.items()
-        }
-        times, results = alternate({**contestants, **bounds}, args.warmup, args.pairs)
-    require_same_tokens({name: results[name] for name in contestants})
+        contestants = present(stack, ways(shape, args, folder))
+        times, results = alternate(contestants, args.warmup, args.pairs)
+    a_call = statistics.median(results.pop(LATENCY)[args.warmup :])
+    each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in results}
+    require_same_tokens({name: results[name] for name in results if name not in (LEAST, ITS_LEAST)})
     collectives = results["tensorpar"][0][1] / args.tokens
-    a_call = statistics.median(results["latency"][args.warmup :])
-    timed = [*contestants, ITS_LEAST, LEAST]
-    each = {name: 1e3 * statistics.median(times[name]) / args.tokens for name in timed}
-    limit = each[ONE_CORE] / args.tp + 1e3 * a_call * collectives
-    floor = each[LEAST] + each[ONE_CORE] - each[ITS_LEAST]
+    row = {
+        "family": shape.family,
+        "batch": shape.batch,
+        "limit": each[ONE_CORE] / args.tp + 1e3 * a_call * collectives,
+        "floor": each[LEAST] + each[ONE_CORE] - each[ITS_LEAST],
+        "collectives": collectives,
+        "latency": a_call,
+        "systems": {
+            name: {
+                "ms a token": value,
+                "tensorpar's ratio to it": ratio(times["tensorpar"], times[name]),
+            }
+            for name, value in each.items()
+        },
+    }
+    show(row)
+    return row
+
+
+def ways(
+    shape: Shape, args: argparse.Namespace, folder: str
+) -> dict[str, Callable[[], Contestant]]:
+    """How each contestant begins, and what the limit and the floor are made of."""
+    generate = partial(decode, num_tokens=args.tokens)
+    products = partial(least, generate, shape)
+    # by name: what is done, by how many ranks, with how many cores together
+    entries = {
+        ONE_CORE: (partial(generate, "one process", shape), 1, 1),
+        **{
+            name: (partial(generate, name, shape), 1 if name == "one process" else args.tp, args.tp)
+            for name in args.systems
+        },
+        ITS_LEAST: (partial(products, system="one process"), 1, 1),
+        LEAST: (products, args.tp, args.tp),
+        LATENCY: (partial(latency, shape), args.tp, args.tp),
+    }
+    return {name: partial(Contestant, *entry, folder) for name, entry in entries.items()}
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """The table of one shape."""
+    limit, floor = row["limit"], row["floor"]
     print(
-        f"{collectives:.1f} collectives a token of {1e3 * a_call:.3f} ms; limit {limit:.2f} ms, "
-        f"floor {floor:.2f} ms"
+        f"{row['collectives']:.1f} collectives a token of {1e3 * row['latency']:.3f} ms; "
+        f"limit {limit:.2f} ms, floor {floor:.2f} ms"
     )
     print(
         f"{'':24}{'ms a token':>12}{'to limit':>10}{'to floor':>10}{'floor to it':>13}"
         f"{'tensorpar to it':>17}"
     )
-    systems = {}
-    for name, value in each.items():
-        ours = ratio(times["tensorpar"], times[name])
-        systems[name] = {"ms a token": value, "tensorpar's ratio to it": ours}
+    for name, system in row["systems"].items():
+        value, ours = system["ms a token"], system["tensorpar's ratio to it"]["median"]
         print(
             f"{name:24}{value:12.2f}{value / limit:10.2f}{value / floor:10.2f}"
-            f"{floor / value:13.2f}{ours['median']:17.2f}"
+            f"{floor / value:13.2f}{ours:17.2f}"
         )
-    return {
-        "family": shape.family,
-        "batch": shape.batch,
-        "limit": limit,
-        "floor": floor,
-        "collectives": collectives,
-        "latency": a_call,
-        "systems": systems,
-    }
 
 
 def decode(
@@ -189,6 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)

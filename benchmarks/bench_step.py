@@ -66,6 +66,7 @@ def run_name(args: argparse.Namespace) -> str:
         words
         for words, holds in {
             f"_batch_{args.batch}": args.batch != Shape.batch,
+            f"_vocabulary_{args.vocabulary}": args.vocabulary != Shape.vocabulary,
             "_dropout": args.dropout,
             "_without_peers": not set(PEERS).intersection(args.systems),
         }.items()

@@ -184,9 +184,10 @@ def present(
 ) -> dict[str, Contestant]:
     """Those who can take part, entered; why the others cannot is printed."""
     contestants = {}
-    for name, way in ways.items():
+    begun = {name: way() for name, way in ways.items()}  # while one waits, others set up
+    for name, contestant in begun.items():
         try:
-            contestants[name] = stack.enter_context(way())
+            contestants[name] = stack.enter_context(contestant)
         except AbsentError as reason:
             print(f"{name}: not shown, {reason}")
     return contestants

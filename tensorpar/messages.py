@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.compiler import is_dynamo_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
 from tensorpar.paging import empty_in_large_pages
@@ -18,12 +19,11 @@ from tensorpar.paging import empty_in_large_pages
 REDUCING, GATHERING = 0, 1
 #: a rank sends about so much at a time of what is gathered.
 _BLOCK_BYTES = 1 << 23
-_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 def sends_messages(x: torch.Tensor, mesh: DeviceMesh) -> bool:
     """Whether ranks can send each other `x` directly; tracers know collectives only."""
-    on_cpu = x.device.type == "cpu" and not _is_compiling()
+    on_cpu = x.device.type == "cpu" and not is_dynamo_compiling()
     return on_cpu and dist.get_backend(mesh.get_group()) == "gloo"
 
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -105,16 +106,12 @@ class _Local(torch.autograd.Function):
         return DTensor(grad, copy(ctx.spec), requires_grad=False)
 
 
-#: looked up once: every parameter passes `local` in every forward. `is_compiling` takes longer than
-#: the rest of `local`, and tracers other than dynamo run this code as it is.
-_is_compiling = torch.compiler.is_dynamo_compiling
-
-
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter as a plain tensor, differentiable back to it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if _is_compiling():
+    # not `is_compiling`, which takes longer than the rest; other tracers run this code as it is
+    if is_dynamo_compiling():
         return tensor.to_local()
     return _Local.apply(tensor) if torch.is_grad_enabled() else tensor._local_tensor
 
@@ -124,7 +121,7 @@ def flattened(shard: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
     A layer flattens the same shard in every forward, which costs as much as all its other Python.
     """
-    if torch.is_grad_enabled() or type(shard) is not torch.Tensor or _is_compiling():
+    if torch.is_grad_enabled() or type(shard) is not torch.Tensor or is_dynamo_compiling():
         return shard.flatten(start, end)
     kept: torch.Tensor | None = shard.__dict__.get("_tensorpar_flat")
     # memory may have been exchanged, by `shard.data = other`

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from tensorpar.reproducible import reproducing
 
@@ -91,7 +92,7 @@ class FusedAttention:
         if attention_mask is None:
             return self.combined_mask(None, num_queries, num_keys), False
         # a graph cannot keep it beside the mask; one of inference does not tell when it was changed
-        if torch.compiler.is_dynamo_compiling() or attention_mask.is_inference():
+        if is_dynamo_compiling() or attention_mask.is_inference():
             return self._prepare(attention_mask, num_queries, num_keys)
         cache = attention_mask.__dict__.setdefault("_tensorpar_prepared", {})
         version, prepared = cache.get(self.mask_kind, (None, None))

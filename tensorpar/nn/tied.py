@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_dynamo_compiling
 
 from tensorpar.parameters import local
 
@@ -27,7 +28,6 @@ from tensorpar.parameters import local
 _passed_on: ContextVar[dict[torch.Tensor, torch.Tensor] | None] = ContextVar(
     "passed_on", default=None
 )
-_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def embedded(parameter: torch.Tensor, ids: torch.Tensor, padding_idx: int | None
         padding_idx: a row that gets no gradient from here.
     """
     weight, passed_on = local(parameter), _passed_on.get()
-    if passed_on is None or _is_compiling() or not torch.is_grad_enabled():
+    if passed_on is None or is_dynamo_compiling() or not torch.is_grad_enabled():
         return F.embedding(ids, weight, padding_idx)
     rows, weight = _Embedded.apply(weight, ids, -1 if padding_idx is None else padding_idx)
     passed_on[parameter] = weight
@@ -58,7 +58,7 @@ def embedded(parameter: torch.Tensor, ids: torch.Tensor, padding_idx: int | None
 
 def scoring(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a head's weight: those that were passed on, if the same were embedded."""
-    passed_on = _passed_on.get() if torch.is_grad_enabled() and not _is_compiling() else None
+    passed_on = _passed_on.get() if torch.is_grad_enabled() and not is_dynamo_compiling() else None
     weight = None if passed_on is None else passed_on.get(parameter)
     return local(parameter) if weight is None else weight
 
