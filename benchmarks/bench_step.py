@@ -152,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     every = EVALUATING if args.what == "forward" else SYSTEMS
-    args.systems = args.systems or [*every, ONE_CORE, LEAST]
+    args.systems = args.systems or [*every, ONE_CORE, *BOUNDS]
     return args
 
 
