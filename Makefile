@@ -9,8 +9,6 @@ TWO_AT_A_TIME := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS := $(addprefix tests/, unit/test_registry.py $(addprefix conformance/test_, \
 	families.py versions.py from_pretrained.py gpt2_init.py initial_values.py))
 
-SMALL := --vocabulary 8192
-
 .PHONY: demo test test-newest test-oldest bench shards features lint types clean
 
 demo: .venv/examples
@@ -38,15 +36,13 @@ shards: .venv/examples
 features: .venv/test
 	$(BIN)/python -m pytest --collect-only --quiet --features=README.md
 
-# all tables in a quarter of an hour, so of a small vocabulary and few rows
 bench: .venv/benchmarks
-	$(BIN)/python benchmarks/bench_step.py $(SMALL) --batch 1
-	$(BIN)/python benchmarks/bench_step.py $(SMALL) --batch 1 --what forward
-	$(BIN)/python benchmarks/bench_decode.py $(SMALL) --batches 1
+	$(BIN)/python benchmarks/bench_step.py --batch 1
+	$(BIN)/python benchmarks/bench_step.py --batch 1 --what forward
+	$(BIN)/python benchmarks/bench_decode.py --batches 1
 	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_attention_memory.py
-	$(BIN)/python benchmarks/bench_checkpoint.py --size 0.3 --turns 3
 	$(BIN)/python benchmarks/bench_sequence_memory.py
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_scale.py

@@ -141,7 +141,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", choices=WORK, default="train")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--systems", nargs="+", choices=[*EVALUATING, ONE_CORE, *BOUNDS])
+    parser.add_argument("--systems", nargs="+", choices=[*EVALUATING, ONE_CORE])
+    parser.add_argument("--bounds", action="store_true", help="measure these as well")
     parser.add_argument("--widths", nargs="+", type=int, default=[512])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
@@ -152,7 +153,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     every = EVALUATING if args.what == "forward" else SYSTEMS
-    args.systems = args.systems or [*every, ONE_CORE, *BOUNDS]
+    args.systems = args.systems or [*every, ONE_CORE]
+    args.systems += [bound for bound in BOUNDS if args.bounds]
     return args
 
 

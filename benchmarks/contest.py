@@ -27,7 +27,12 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 #: what contestants need, imported once for all of them.
-SLOW_IMPORTS = ("transformers.models.auto.modeling_auto", "tensorpar.nn.huggingface")
+SLOW_IMPORTS = (
+    "torch._dynamo",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "tensorpar.nn.huggingface",
+)
 
 
 @dataclass(frozen=True)
