@@ -39,21 +39,17 @@ def main() -> None:
     rows = []
     for family in args.families:
         for batch in args.batches:
-            shape = Shape(
-                family, args.width, args.layers, batch, PROMPT + args.tokens, args.vocabulary
-            )
+            shape = Shape(family, args.width, args.layers, batch, PROMPT + args.tokens, VOCABULARY)
             print(f"\n{shape}, prompt {PROMPT}")
             rows.append(measured(shape, args))
-    few = f"_vocabulary_{args.vocabulary}" if args.vocabulary != VOCABULARY else ""
-    name = f"decode{few}_cpu"
-    record(name, {"rows": rows, "arguments": vars(args)})
+    record("decode_cpu", {"rows": rows, "arguments": vars(args)})
     ratios = {
         f"{row['family']} x {row['batch']}": {
             name: value["ms a token"] / row["limit"] for name, value in row["systems"].items()
         }
         for row in rows
     }
-    bars(ratios, name, "decoding: time against half of one core plus latency")
+    bars(ratios, "decode_cpu", "decoding: time against half of one core plus latency")
 
 
 def measured(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +198,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)

@@ -142,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--what", choices=WORK, default="train")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--systems", nargs="+", choices=[*EVALUATING, ONE_CORE])
-    parser.add_argument("--bounds", action="store_true", help="measure these as well")
+    parser.add_argument("--bounds", action="store_true", help=" and ".join(BOUNDS))
     parser.add_argument("--widths", nargs="+", type=int, default=[512])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
